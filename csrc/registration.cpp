@@ -1,43 +1,58 @@
 // Every operator schema of tokcore: the table of contents. Nothing else lives here.
 //
-// Letters: N rows = the product of the leading dimensions "(...)", V vocabulary, K gathered targets a row. Statistics are
-// float32 (float64 for double logits). An output that was not asked for has shape (0,). `row_temperature` (...) float32
-// overrides `temperature`; `softcap` 0 means none. Compiled once per library: tokcore and tokcore_emulated.
+// Letters: N rows = the product of the leading dimensions "(...)", V vocabulary, K gathered targets
+// a row. Statistics are float32 (float64 for double logits). An output that was not asked for has
+// shape (0,). `row_temperature` (...) float32 overrides `temperature`; `softcap` 0 means none.
+// Compiled once per library: tokcore and tokcore_emulated.
 #include <torch/csrc/stable/library.h>
 
 #include "common/namespace.h"
 
 STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
-  // token_logprob: log p(target) per row of logits (..., V), target (...) or (..., K), and the entropy (...), from one read.
-  // stats (..., 2) = row maximum (softcapped, before temperature) and log-sum, all that the backward needs beside the logits.
+  // token_logprob: log p(target) per row of logits (..., V), target (...) or (..., K), and the
+  // entropy (...), from one read. stats (..., 2) = row maximum (softcapped, before temperature) and
+  // log-sum, all that the backward needs beside the logits.
   m.def(
-      "token_logprob(Tensor logits, Tensor target, Tensor? row_temperature, float temperature, float softcap, "
-      "int ignore_index, bool with_entropy, bool inplace_backward) -> (Tensor logprob, Tensor entropy, Tensor stats)");
+      "token_logprob(Tensor logits, Tensor target, Tensor? row_temperature, float temperature, "
+      "float softcap, "
+      "int ignore_index, bool with_entropy, bool inplace_backward) -> (Tensor logprob, Tensor "
+      "entropy, Tensor stats)");
   m.def(
-      "token_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor target, Tensor entropy, "
-      "Tensor stats, Tensor? row_temperature, float temperature, float softcap, int ignore_index) -> Tensor");
+      "token_logprob_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, Tensor "
+      "target, Tensor entropy, "
+      "Tensor stats, Tensor? row_temperature, float temperature, float softcap, int ignore_index) "
+      "-> Tensor");
   // The same, written over the logits.
   m.def(
-      "token_logprob_backward_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor(a!) logits, Tensor target, "
-      "Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, float softcap, int ignore_index) -> ()");
+      "token_logprob_backward_(Tensor? grad_logprob, Tensor? grad_entropy, Tensor(a!) logits, "
+      "Tensor target, "
+      "Tensor entropy, Tensor stats, Tensor? row_temperature, float temperature, float softcap, "
+      "int ignore_index) -> ()");
 
-  // sequential_kl: per-row KL(reference || policy) (direction bit 1) and KL(policy || reference) (bit 2), both log p(target)
-  // and the policy's entropy, from one read of both logits (..., V). stats (..., 4) = policy max, log-sum, reference max, log-sum.
+  // sequential_kl: per-row KL(reference || policy) (direction bit 1) and KL(policy || reference)
+  // (bit 2), both log p(target) and the policy's entropy, from one read of both logits (..., V).
+  // stats (..., 4) = policy max, log-sum, reference max, log-sum.
   m.def(
       "sequential_kl(Tensor policy_logits, Tensor reference_logits, Tensor? target, Tensor? mask, "
-      "Tensor? row_temperature, float temperature, int ignore_index, int direction, bool with_entropy, "
-      "bool inplace_backward) -> (Tensor kl, Tensor reverse_kl, Tensor policy_logprob, Tensor reference_logprob, "
+      "Tensor? row_temperature, float temperature, int ignore_index, int direction, bool "
+      "with_entropy, "
+      "bool inplace_backward) -> (Tensor kl, Tensor reverse_kl, Tensor policy_logprob, Tensor "
+      "reference_logprob, "
       "Tensor entropy, Tensor stats)");
   m.def(
-      "sequential_kl_backward(Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_policy_logprob, "
-      "Tensor? grad_reference_logprob, Tensor? grad_entropy, Tensor policy_logits, Tensor reference_logits, "
+      "sequential_kl_backward(Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? "
+      "grad_policy_logprob, "
+      "Tensor? grad_reference_logprob, Tensor? grad_entropy, Tensor policy_logits, Tensor "
+      "reference_logits, "
       "Tensor? target, Tensor? mask, Tensor kl, Tensor reverse_kl, Tensor entropy, Tensor stats, "
       "Tensor? row_temperature, float temperature, int ignore_index, bool policy_needs_grad, "
       "bool reference_needs_grad) -> (Tensor grad_policy, Tensor grad_reference)");
   // The policy's gradient alone, written over the policy logits.
   m.def(
-      "sequential_kl_backward_(Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? grad_policy_logprob, "
-      "Tensor? grad_reference_logprob, Tensor? grad_entropy, Tensor(a!) policy_logits, Tensor reference_logits, "
+      "sequential_kl_backward_(Tensor? grad_kl, Tensor? grad_reverse_kl, Tensor? "
+      "grad_policy_logprob, "
+      "Tensor? grad_reference_logprob, Tensor? grad_entropy, Tensor(a!) policy_logits, Tensor "
+      "reference_logits, "
       "Tensor? target, Tensor? mask, Tensor kl, Tensor reverse_kl, Tensor entropy, Tensor stats, "
       "Tensor? row_temperature, float temperature, int ignore_index) -> ()");
 }

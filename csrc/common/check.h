@@ -1,5 +1,6 @@
-// Facts about tensors, checked before anything is allocated. Every text names the operator, the argument, the rule and
-// the value found. Argument semantics (a negative temperature) are checked in Python.
+// Facts about tensors, checked before anything is allocated. Every text names the operator, the
+// argument, the rule and the value found. Argument semantics (a negative temperature) are checked
+// in Python.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -66,18 +67,22 @@ inline ScalarType statistics_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                         const Tensor& like) {
   check(t.device() == like.device(), op, name, " must be on the device of ", like_name, " (type ",
-        static_cast<int>(like.device().type()), ", index ", static_cast<int>(like.device().index()), "), got type ",
-        static_cast<int>(t.device().type()), ", index ", static_cast<int>(t.device().index()));
+        static_cast<int>(like.device().type()), ", index ", static_cast<int>(like.device().index()),
+        "), got type ", static_cast<int>(t.device().type()), ", index ",
+        static_cast<int>(t.device().index()));
 }
 
 inline void check_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
-  check(t.scalar_type() == type, op, name, " must be ", toString(type), ", got ", toString(t.scalar_type()));
+  check(t.scalar_type() == type, op, name, " must be ", toString(type), ", got ",
+        toString(t.scalar_type()));
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, const Shape& shape) {
-  check(shape_of(t) == shape, op, name, " must have shape ", to_text(shape), ", got ", to_text(shape_of(t)));
+  check(shape_of(t) == shape, op, name, " must have shape ", to_text(shape), ", got ",
+        to_text(shape_of(t)));
 }
 
 inline void check_logits(const char* op, const char* name, const Tensor& t) {
@@ -86,15 +91,18 @@ inline void check_logits(const char* op, const char* name, const Tensor& t) {
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
             type == ScalarType::BFloat16,
         op, name, " must be float32, float64, float16 or bfloat16, got ", toString(type));
-  check(t.size(-1) >= 1, op, name, " must have a vocabulary of at least one entry, got shape ", to_text(shape_of(t)));
+  check(t.size(-1) >= 1, op, name, " must have a vocabulary of at least one entry, got shape ",
+        to_text(shape_of(t)));
 }
 
-// Two logits of one vocabulary. A policy padded to a multiple of 64 beside an unpadded reference is the usual mistake.
+// Two logits of one vocabulary. A policy padded to a multiple of 64 beside an unpadded reference is
+// the usual mistake.
 inline void check_pair(const char* op, const Tensor& policy, const Tensor& reference) {
   check_device(op, "reference_logits", reference, "policy_logits", policy);
   check_type(op, "reference_logits", reference, policy.scalar_type());
-  check(reference.dim() == 0 || reference.size(-1) == policy.size(-1), op, "vocabularies differ: policy_logits has V = ",
-        policy.size(-1), ", reference_logits V = ", reference.size(-1));
+  check(reference.dim() == 0 || reference.size(-1) == policy.size(-1), op,
+        "vocabularies differ: policy_logits has V = ", policy.size(-1),
+        ", reference_logits V = ", reference.size(-1));
   check_shape(op, "reference_logits", reference, shape_of(policy));
 }
 
@@ -127,30 +135,43 @@ struct Target {
   int64_t per_row = 1;
 };
 
-inline Target check_target(const char* op, const Tensor& target, const char* logits_name, const Tensor& logits,
-                           bool several) {
+inline Target check_target(const char* op, const Tensor& target, const char* logits_name,
+                           const Tensor& logits, bool several) {
   const ScalarType type = target.scalar_type();
-  check(type == ScalarType::Long || type == ScalarType::Int, op, "target must be int64 or int32, got ", toString(type));
+  check(type == ScalarType::Long || type == ScalarType::Int, op,
+        "target must be int64 or int32, got ", toString(type));
   check_device(op, "target", target, logits_name, logits);
   const bool one = target.dim() + 1 == logits.dim();
   Shape expected = leading_shape(logits);
   if (several && target.dim() == logits.dim()) expected.push_back(target.size(-1));
   check(one || (several && target.dim() == logits.dim()), op, "target must have shape ",
-        to_text(leading_shape(logits)), several ? " or that with K appended" : "", ", got ", to_text(shape_of(target)));
+        to_text(leading_shape(logits)), several ? " or that with K appended" : "", ", got ",
+        to_text(shape_of(target)));
   check_shape(op, "target", target, expected);
-  const Tensor ids = type == ScalarType::Long ? target : torch::stable::to(target, ScalarType::Long);
+  const Tensor ids =
+      type == ScalarType::Long ? target : torch::stable::to(target, ScalarType::Long);
   return {torch::stable::contiguous(ids), one ? 1 : target.size(-1)};
 }
 
-// An optional per-row argument or gradient: `type`, `shape`, on the logits' device; contiguous. Undefined when absent.
-inline std::optional<Tensor> check_rows(const char* op, const char* name, const std::optional<Tensor>& t,
-                                        const char* logits_name, const Tensor& logits, ScalarType type,
-                                        const Shape& shape) {
+// An optional per-row argument or gradient: `type`, `shape`, on the logits' device; contiguous.
+// Undefined when absent.
+inline std::optional<Tensor> check_rows(const char* op, const char* name,
+                                        const std::optional<Tensor>& t, const char* logits_name,
+                                        const Tensor& logits, ScalarType type, const Shape& shape) {
   if (!t.has_value()) return std::nullopt;
   check_device(op, name, *t, logits_name, logits);
   check_type(op, name, *t, type);
   check_shape(op, name, *t, shape);
   return torch::stable::contiguous(*t);
+}
+
+// An in-place gradient may neither be lost in a copy nor land twice on one entry.
+inline void check_overwritable(const char* op, const char* name, const Tensor& logits) {
+  check(logits.size(-1) == 1 || logits.stride(-1) == 1, op, name,
+        " must have a last stride of 1 to be overwritten, got ", logits.stride(-1));
+  for (int64_t d = 0; d < logits.dim(); ++d)
+    check(logits.size(d) <= 1 || logits.stride(d) != 0, op, name,
+          " must not be an expanded view to be overwritten: dimension ", d, " has stride 0");
 }
 
 template <typename T>

@@ -1,5 +1,6 @@
-// The dispatcher namespace and key that a library registers under. The emulated library compiles the CUDA sources for CPU
-// tensors under a namespace of its own, so that both can live in one process.
+// The dispatcher namespace and key that a library registers under. The emulated library compiles
+// the CUDA sources for CPU tensors under a namespace of its own, so that both can live in one
+// process.
 #pragma once
 
 #if defined(TOKCORE_EMULATED)

@@ -1,4 +1,5 @@
-// Where row n of a tensor (..., V) starts, for any strides of the leading dimensions: no operator copies a slice.
+// Where row n of a tensor (..., V) starts, for any strides of the leading dimensions: no operator
+// copies a slice.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ namespace tokcore {
 constexpr int kMaxRowDims = 8;
 
 struct RowIndex {
-  int dims = 0;  // after merging neighbours that are contiguous with each other; almost always 0 to 2
+  int dims =
+      0;  // after merging neighbours that are contiguous with each other; almost always 0 to 2
   int64_t sizes[kMaxRowDims] = {};
   int64_t strides[kMaxRowDims] = {};  // in elements
 

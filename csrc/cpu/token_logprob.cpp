@@ -1,6 +1,8 @@
-// Log-probabilities of given tokens and the entropy, from one read of the logits, and their gradient from one more.
+// Log-probabilities of given tokens and the entropy, from one read of the logits, and their
+// gradient from one more.
 //
-// The file is compiled once as the front (torch: checks, allocation, threads) and once per instruction set as the rows.
+// The file is compiled once as the front (torch: checks, allocation, threads) and once per
+// instruction set as the rows.
 #include <cstdint>
 
 #include "common/rows.h"
@@ -9,7 +11,8 @@
 
 namespace tokcore {
 
-// One row is one softmax; `rows` lists those that are read. Statistics are float, or double for double logits.
+// One row is one softmax; `rows` lists those that are read. Statistics are float, or double for
+// double logits.
 struct TokenLogprobParams {
   Storage storage;
   const void* logits;
@@ -25,17 +28,22 @@ struct TokenLogprobParams {
   const void *grad_logprob, *grad_entropy;  // null: absent
   void* gradient;
   RowIndex gradient_index;
-  double* label_gradient;  // (listed rows, K): formed before the sweep, which may overwrite the logits
-  int64_t segment;         // columns of one unit of work
+  double*
+      label_gradient;  // (listed rows, K): formed before the sweep, which may overwrite the logits
+  int64_t segment;     // columns of one unit of work
   bool stream;
 };
 
 struct TokenLogprobRows {
-  void (*forward)(const TokenLogprobParams&, int64_t begin, int64_t end);         // units: listed rows
-  void (*forward_blocks)(const TokenLogprobParams&, int64_t begin, int64_t end);  // units: (listed row, block)
-  void (*merge_blocks)(const TokenLogprobParams&, int64_t begin, int64_t end);    // units: listed rows
-  void (*label_gradients)(const TokenLogprobParams&, int64_t begin, int64_t end);  // units: listed rows
-  void (*backward)(const TokenLogprobParams&, int64_t begin, int64_t end);        // units: (listed row, segment)
+  void (*forward)(const TokenLogprobParams&, int64_t begin, int64_t end);  // units: listed rows
+  void (*forward_blocks)(const TokenLogprobParams&, int64_t begin,
+                         int64_t end);  // units: (listed row, block)
+  void (*merge_blocks)(const TokenLogprobParams&, int64_t begin,
+                       int64_t end);  // units: listed rows
+  void (*label_gradients)(const TokenLogprobParams&, int64_t begin,
+                          int64_t end);  // units: listed rows
+  void (*backward)(const TokenLogprobParams&, int64_t begin,
+                   int64_t end);  // units: (listed row, segment)
 };
 TOKCORE_DECLARE_LEVELS(TokenLogprobRows, token_logprob_rows)
 
@@ -74,7 +82,8 @@ TOKCORE_INLINE void cap_block(const T* x, int64_t n, double softcap, Acc<T>* out
   using V = Vec<T>;
   const V cap = V::all(Acc<T>(softcap)), inverse = V::all(Acc<T>(1 / softcap));
   for (int64_t j = 0; j < n; j += kUnit<T>) {
-    // Entry by entry in order: the units of T and of the accumulation type may be laid out differently.
+    // Entry by entry in order: the units of T and of the accumulation type may be laid out
+    // differently.
     Acc<T> part[kUnit<T>];
     V a, b;
     for (int i = 0; i < kUnit<T>; ++i) part[i] = j + i < n ? to_acc(x[j + i]) : Acc<T>(0);
@@ -92,7 +101,8 @@ SoftmaxSum<double> block_state(const TokenLogprobParams& p, int64_t row, int64_t
   if (p.softcap != 0) {
     Acc<T> capped[kBlockColumns];
     cap_block(x, n, p.softcap, capped);
-    return p.entropy ? softmax_block<true>(capped, n, scale) : softmax_block<false>(capped, n, scale);
+    return p.entropy ? softmax_block<true>(capped, n, scale)
+                     : softmax_block<false>(capped, n, scale);
   }
   return p.entropy ? softmax_block<true>(x, n, scale) : softmax_block<false>(x, n, scale);
 }
@@ -111,7 +121,8 @@ void finish_row(const TokenLogprobParams& p, int64_t row, const SoftmaxSum<doubl
     double value = 0;
     if (label != p.ignore_index) {
       const double entry = to_acc(x[label]);
-      value = ((p.softcap != 0 ? soft_capped(entry, p.softcap) : entry) - state.max) * scale - logsum;
+      value =
+          ((p.softcap != 0 ? soft_capped(entry, p.softcap) : entry) - state.max) * scale - logsum;
     }
     static_cast<S*>(p.logprob)[k] = S(value);
   }
@@ -120,12 +131,17 @@ void finish_row(const TokenLogprobParams& p, int64_t row, const SoftmaxSum<doubl
 template <typename T>
 struct TokenLogprobOp {
   using State = SoftmaxSum<double>;
-  TOKCORE_INLINE State block(const TokenLogprobParams& p, int64_t row, int64_t block) { return block_state<T>(p, row, block); }
-  TOKCORE_INLINE void finish(const TokenLogprobParams& p, int64_t row, const State& state) { finish_row<T>(p, row, state); }
+  TOKCORE_INLINE State block(const TokenLogprobParams& p, int64_t row, int64_t block) {
+    return block_state<T>(p, row, block);
+  }
+  TOKCORE_INLINE void finish(const TokenLogprobParams& p, int64_t row, const State& state) {
+    finish_row<T>(p, row, state);
+  }
 };
 
 // What one row's gradient needs: with z = x / T and p = exp((x - max) / T - logsum),
-// d z_j = p_j (-sum_k g_k - g_H (log p_j + H)) + sum_{k: y_k = j} g_k, times 1 / T and the softcap's derivative.
+// d z_j = p_j (-sum_k g_k - g_H (log p_j + H)) + sum_{k: y_k = j} g_k, times 1 / T and the
+// softcap's derivative.
 struct RowGradient {
   double scale, max, logsum, sum, entropy_gradient, entropy;
 };
@@ -135,7 +151,8 @@ TOKCORE_INLINE RowGradient row_gradient(const TokenLogprobParams& p, int64_t row
   using S = Acc<T>;
   const S* stats = static_cast<const S*>(p.stats) + 2 * row;
   RowGradient g = {scale_of(p, row), stats[0], stats[1], 0, 0, 0};
-  for (int64_t k = row * p.targets_per_row; p.grad_logprob && k < (row + 1) * p.targets_per_row; ++k)
+  for (int64_t k = row * p.targets_per_row; p.grad_logprob && k < (row + 1) * p.targets_per_row;
+       ++k)
     if (p.target[k] != p.ignore_index) g.sum += static_cast<const S*>(p.grad_logprob)[k];
   if (p.grad_entropy) {
     g.entropy_gradient = static_cast<const S*>(p.grad_entropy)[row];
@@ -144,7 +161,8 @@ TOKCORE_INLINE RowGradient row_gradient(const TokenLogprobParams& p, int64_t row
   return g;
 }
 
-// The label's entry is formed here, in double: read back from a rounded sweep, p - 1 would lose its digits.
+// The label's entry is formed here, in double: read back from a rounded sweep, p - 1 would lose its
+// digits.
 template <typename T>
 void label_gradients(const TokenLogprobParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -156,25 +174,33 @@ void label_gradients(const TokenLogprobParams& p, int64_t begin, int64_t end) {
       if (label == p.ignore_index) continue;
       double at_label = 0;  // several targets may name one entry
       for (int64_t l = 0; l < p.targets_per_row; ++l)
-        if (p.target[first + l] == label) at_label += static_cast<const Acc<T>*>(p.grad_logprob)[first + l];
-      const double entry = to_acc(x[label]), capped = p.softcap != 0 ? soft_capped(entry, p.softcap) : entry;
+        if (p.target[first + l] == label)
+          at_label += static_cast<const Acc<T>*>(p.grad_logprob)[first + l];
+      const double entry = to_acc(x[label]),
+                   capped = p.softcap != 0 ? soft_capped(entry, p.softcap) : entry;
       const double slope = p.softcap != 0 ? 1 - (capped / p.softcap) * (capped / p.softcap) : 1;
-      const double logprob = (capped - g.max) * g.scale - g.logsum, probability = __builtin_exp(logprob);
+      const double logprob = (capped - g.max) * g.scale - g.logsum,
+                   probability = __builtin_exp(logprob);
       double coefficient = -g.sum;
-      if (g.entropy_gradient != 0 && probability > 0) coefficient -= g.entropy_gradient * (logprob + g.entropy);
-      p.label_gradient[i * p.targets_per_row + k] = g.scale * slope * (probability * coefficient + at_label);
+      if (g.entropy_gradient != 0 && probability > 0)
+        coefficient -= g.entropy_gradient * (logprob + g.entropy);
+      p.label_gradient[i * p.targets_per_row + k] =
+          g.scale * slope * (probability * coefficient + at_label);
     }
   }
 }
 
 // Compiled apart for the plain case, which is limited by how fast exponentials come.
 template <bool kSoftcap, bool kEntropy, typename T>
-TOKCORE_INLINE void sweep_gradient(const TokenLogprobParams& p, const RowGradient& g, const T* x, T* out, int64_t n) {
+TOKCORE_INLINE void sweep_gradient(const TokenLogprobParams& p, const RowGradient& g, const T* x,
+                                   T* out, int64_t n) {
   using V = Vec<T>;
   using S = Acc<T>;
-  const V max = V::all(S(g.max)), to_log2 = V::all(S(g.scale * kLog2E)), logsum2 = V::all(S(g.logsum * kLog2E));
+  const V max = V::all(S(g.max)), to_log2 = V::all(S(g.scale * kLog2E)),
+          logsum2 = V::all(S(g.logsum * kLog2E));
   const V sum = V::all(S(-g.sum * g.scale));
-  const V entropy_gradient = V::all(S(-g.entropy_gradient * g.scale)), entropy = V::all(S(g.entropy));
+  const V entropy_gradient = V::all(S(-g.entropy_gradient * g.scale)),
+          entropy = V::all(S(g.entropy));
   const V cap = V::all(S(p.softcap)), inverse = V::all(S(1 / p.softcap));
   const auto gradient = [&](V entry) __attribute__((always_inline)) {
     const V capped = kSoftcap ? soft_capped(entry, cap, inverse) : entry;
@@ -212,7 +238,8 @@ void backward(const TokenLogprobParams& p, int64_t begin, int64_t end) {
     if (p.stream) drain_streams();
     for (int64_t k = 0; k < p.targets_per_row && p.grad_logprob; ++k) {
       const int64_t column = p.target[row * p.targets_per_row + k] - first;
-      if (p.target[row * p.targets_per_row + k] == p.ignore_index || column < 0 || column >= n) continue;
+      if (p.target[row * p.targets_per_row + k] == p.ignore_index || column < 0 || column >= n)
+        continue;
       from_acc(Acc<T>(p.label_gradient[i * p.targets_per_row + k]), out + column);
     }
   }
@@ -226,8 +253,8 @@ TOKCORE_BY_STORAGE(backward_any, TokenLogprobParams, backward<T>)
 
 }  // namespace
 
-extern const TokenLogprobRows token_logprob_rows = {forward_any, forward_blocks_any, merge_blocks_any,
-                                                    label_gradients_any, backward_any};
+extern const TokenLogprobRows token_logprob_rows = {
+    forward_any, forward_blocks_any, merge_blocks_any, label_gradients_any, backward_any};
 
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
@@ -257,14 +284,14 @@ struct TokenLogprobCall {
 
 // Everything that can be wrong is found here, before anything is allocated.
 TokenLogprobCall check_call(const char* op, const Tensor& logits, const Tensor& target,
-                            const std::optional<Tensor>& row_temperature, double temperature, double softcap,
-                            int64_t ignore_index) {
+                            const std::optional<Tensor>& row_temperature, double temperature,
+                            double softcap, int64_t ignore_index) {
   check_logits(op, "logits", logits);
   TokenLogprobCall call;
   call.target = check_target(op, target, "logits", logits, true);
   call.target_shape = shape_of(target);
-  call.row_temperature =
-      check_rows(op, "temperature", row_temperature, "logits", logits, ScalarType::Float, leading_shape(logits));
+  call.row_temperature = check_rows(op, "temperature", row_temperature, "logits", logits,
+                                    ScalarType::Float, leading_shape(logits));
   call.rows = count(leading_shape(logits));
   call.kept = kept_rows(op, call.target, call.rows, logits.size(-1), ignore_index, nullptr);
   call.logits = unit_last_stride(logits);
@@ -284,42 +311,50 @@ TokenLogprobCall check_call(const char* op, const Tensor& logits, const Tensor& 
   return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob_cpu(const Tensor& logits, const Tensor& target,
-                                                     const std::optional<Tensor>& row_temperature, double temperature,
-                                                     double softcap, int64_t ignore_index, bool with_entropy,
-                                                     bool /*inplace_backward: read by the autograd formula*/) {
+std::tuple<Tensor, Tensor, Tensor> token_logprob_cpu(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& row_temperature,
+    double temperature, double softcap, int64_t ignore_index, bool with_entropy,
+    bool /*inplace_backward: read by the autograd formula*/) {
   const char* op = "token_logprob";
-  TokenLogprobCall call = check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
+  TokenLogprobCall call =
+      check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
   TokenLogprobParams& p = call.params;
   const ScalarType type = statistics_type(logits);
   const Shape leading = leading_shape(logits);
   // Skipped rows are exactly 0.
-  Tensor logprob = new_zeros(logits, shape_of(target), type), stats = new_zeros(logits, with_last(leading, 2), type);
+  Tensor logprob = new_zeros(logits, shape_of(target), type),
+         stats = new_zeros(logits, with_last(leading, 2), type);
   Tensor entropy = new_zeros(logits, with_entropy ? leading : Shape{0}, type);
   p.logprob = logprob.mutable_data_ptr();
   p.stats = stats.mutable_data_ptr();
   p.entropy = with_entropy ? entropy.mutable_data_ptr() : nullptr;
 
-  run_forward<SoftmaxSum<double>>(TOKCORE_CHOSEN(token_logprob_rows), p, static_cast<int64_t>(call.kept.size()));
+  run_forward<SoftmaxSum<double>>(TOKCORE_CHOSEN(token_logprob_rows), p,
+                                  static_cast<int64_t>(call.kept.size()));
   return {logprob, entropy, stats};
 }
 
 // Fills the gradient of every row: the logits themselves in place.
-void fill_gradient(const char* op, const std::optional<Tensor>& grad_logprob, const std::optional<Tensor>& grad_entropy,
-                   const Tensor& entropy, const Tensor& stats, TokenLogprobCall& call, const Tensor* inplace,
+void fill_gradient(const char* op, const std::optional<Tensor>& grad_logprob,
+                   const std::optional<Tensor>& grad_entropy, const Tensor& entropy,
+                   const Tensor& stats, TokenLogprobCall& call, const Tensor* inplace,
                    Tensor& gradient) {
   TokenLogprobParams& p = call.params;
   const Tensor& logits = call.logits;
   const ScalarType type = statistics_type(logits);
   const Shape leading = leading_shape(logits);
-  const auto values = check_rows(op, "grad_logprob", grad_logprob, "logits", logits, type, call.target_shape);
-  const auto entropies = check_rows(op, "grad_entropy", grad_entropy, "logits", logits, type, leading);
+  const auto values =
+      check_rows(op, "grad_logprob", grad_logprob, "logits", logits, type, call.target_shape);
+  const auto entropies =
+      check_rows(op, "grad_entropy", grad_entropy, "logits", logits, type, leading);
   const auto saved = check_rows(op, "stats", stats, "logits", logits, type, with_last(leading, 2));
   const auto saved_entropy =
-      check_rows(op, "entropy", entropies ? std::optional(entropy) : std::nullopt, "logits", logits, type, leading);
+      check_rows(op, "entropy", entropies ? std::optional(entropy) : std::nullopt, "logits", logits,
+                 type, leading);
 
   gradient = inplace ? *inplace : new_gradient(logits);
-  const LiveRows live = live_rows(call.kept, call.rows, {{values, p.targets_per_row}, {entropies, 1}});
+  const LiveRows live =
+      live_rows(call.kept, call.rows, {{values, p.targets_per_row}, {entropies, 1}});
   std::vector<double> labels(live.live.size() * p.targets_per_row);
   p.rows = live.live.data();
   p.grad_logprob = data_or_null<void>(values);
@@ -334,12 +369,14 @@ void fill_gradient(const char* op, const std::optional<Tensor>& grad_logprob, co
   zero_rows(gradient, p.gradient_index, live.dead);
 }
 
-Tensor token_logprob_backward_cpu(const std::optional<Tensor>& grad_logprob, const std::optional<Tensor>& grad_entropy,
-                                  const Tensor& logits, const Tensor& target, const Tensor& entropy,
-                                  const Tensor& stats, const std::optional<Tensor>& row_temperature, double temperature,
+Tensor token_logprob_backward_cpu(const std::optional<Tensor>& grad_logprob,
+                                  const std::optional<Tensor>& grad_entropy, const Tensor& logits,
+                                  const Tensor& target, const Tensor& entropy, const Tensor& stats,
+                                  const std::optional<Tensor>& row_temperature, double temperature,
                                   double softcap, int64_t ignore_index) {
   const char* op = "token_logprob_backward";
-  TokenLogprobCall call = check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
+  TokenLogprobCall call =
+      check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
   Tensor gradient;
   fill_gradient(op, grad_logprob, grad_entropy, entropy, stats, call, nullptr, gradient);
   return gradient;
@@ -347,11 +384,13 @@ Tensor token_logprob_backward_cpu(const std::optional<Tensor>& grad_logprob, con
 
 void token_logprob_backward_inplace_cpu(const std::optional<Tensor>& grad_logprob,
                                         const std::optional<Tensor>& grad_entropy, Tensor& logits,
-                                        const Tensor& target, const Tensor& entropy, const Tensor& stats,
-                                        const std::optional<Tensor>& row_temperature, double temperature,
-                                        double softcap, int64_t ignore_index) {
+                                        const Tensor& target, const Tensor& entropy,
+                                        const Tensor& stats,
+                                        const std::optional<Tensor>& row_temperature,
+                                        double temperature, double softcap, int64_t ignore_index) {
   const char* op = "token_logprob_backward_";
-  TokenLogprobCall call = check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
+  TokenLogprobCall call =
+      check_call(op, logits, target, row_temperature, temperature, softcap, ignore_index);
   check_overwritable(op, "logits", logits);
   Tensor gradient;
   fill_gradient(op, grad_logprob, grad_entropy, entropy, stats, call, &logits, gradient);

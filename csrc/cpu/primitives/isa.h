@@ -7,13 +7,14 @@ namespace tokcore {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The best level that the processor has, or the one that TOKCORE_ISA (baseline, avx2, avx512) names. Throws when the name
-// is unknown or the processor lacks the level.
+// The best level that the processor has, or the one that TOKCORE_ISA (baseline, avx2, avx512)
+// names. Throws when the name is unknown or the processor lacks the level.
 Isa chosen_isa();
 
 }  // namespace tokcore
 
-// Calls that each level has answered, by Isa: counted inside the rows, so that a test sees which copy really ran.
+// Calls that each level has answered, by Isa: counted inside the rows, so that a test sees which
+// copy really ran.
 extern "C" {
 extern int64_t tokcore_isa_calls[3];
 }
@@ -30,7 +31,7 @@ extern int64_t tokcore_isa_calls[3];
   namespace baseline {                      \
   extern const Table name;                  \
   }
-#define TOKCORE_CHOSEN(name)                              \
+#define TOKCORE_CHOSEN(name)                                         \
   (::tokcore::chosen_isa() == ::tokcore::Isa::kAvx512 ? avx512::name \
    : ::tokcore::chosen_isa() == ::tokcore::Isa::kAvx2 ? avx2::name   \
                                                       : baseline::name)

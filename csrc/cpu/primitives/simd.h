@@ -1,11 +1,14 @@
-// Vectors of one instruction set: the only file with intrinsics. It is included by operator files that are compiled once
-// per level with TOKCORE_ISA (the namespace) and one of TOKCORE_ISA_AVX512, TOKCORE_ISA_AVX2 or neither set.
+// Vectors of one instruction set: the only file with intrinsics. It is included by operator files
+// that are compiled once per level with TOKCORE_ISA (the namespace) and one of TOKCORE_ISA_AVX512,
+// TOKCORE_ISA_AVX2 or neither set.
 //
-// Everything here and in the rows is internal to its object file: an inline function with external linkage would be
-// merged by the linker across levels, and the AVX-512 copy might be the one that runs on every CPU.
+// Everything here and in the rows is internal to its object file: an inline function with external
+// linkage would be merged by the linker across levels, and the AVX-512 copy might be the one that
+// runs on every CPU.
 //
-// Memory is walked in units of two vectors. For bfloat16 the two vectors are the even and the odd entries of the unit
-// (a shift and a mask instead of two widening shuffles); sums and maxima do not care, and a store puts them back.
+// Memory is walked in units of two vectors. For bfloat16 the two vectors are the even and the odd
+// entries of the unit (a shift and a mask instead of two widening shuffles); sums and maxima do not
+// care, and a store puts them back.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +43,8 @@ TOKCORE_INLINE uint32_t float_to_bits(float x) {
   return bits;
 }
 
-// ---- one element -----------------------------------------------------------------------------------------------------
+// ---- one element
+// -----------------------------------------------------------------------------------------------------
 
 TOKCORE_INLINE float to_acc(float x) { return x; }
 TOKCORE_INLINE double to_acc(double x) { return x; }
@@ -51,7 +55,8 @@ TOKCORE_INLINE float to_acc(Fp16 x) {
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // Shifted into place a subnormal is off by the implicit one; the multiplication repairs the exponent exactly.
+  // Shifted into place a subnormal is off by the implicit one; the multiplication repairs the
+  // exponent exactly.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 #endif
 }
@@ -61,7 +66,8 @@ TOKCORE_INLINE void from_acc(double x, double* out) { *out = x; }
 TOKCORE_INLINE void from_acc(float x, Bf16* out) {
   const uint32_t bits = float_to_bits(x);
   // Round to nearest even; a NaN keeps its top bits and stays a NaN.
-  out->bits = x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  out->bits =
+      x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 TOKCORE_INLINE void from_acc(float x, Fp16* out) {
 #if defined(__F16C__)
@@ -72,7 +78,8 @@ TOKCORE_INLINE void from_acc(float x, Fp16* out) {
     out->bits = uint16_t(sign | 0x7e00);
   } else if (magnitude >= 0x47800000) {  // 65536 and up
     out->bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude < 0x38800000) {  // below 2^-14: let float addition round at the subnormal's last bit
+  } else if (magnitude <
+             0x38800000) {  // below 2^-14: let float addition round at the subnormal's last bit
     const float shifted = bits_to_float(magnitude) + 0.5f;
     out->bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000));
   } else {
@@ -81,7 +88,8 @@ TOKCORE_INLINE void from_acc(float x, Fp16* out) {
 #endif
 }
 
-// ---- vectors of the accumulation type --------------------------------------------------------------------------------
+// ---- vectors of the accumulation type
+// --------------------------------------------------------------------------------
 
 // GCC's and clang's portable vectors: the baseline, and double at every level.
 template <typename S, typename I>
@@ -119,7 +127,8 @@ TOKCORE_INLINE typename Portable<S, I>::Mask operator<(Portable<S, I> a, Portabl
   return typename Portable<S, I>::Mask(a.v < b.v);
 }
 template <typename S, typename I>
-TOKCORE_INLINE Portable<S, I> select(typename Portable<S, I>::Mask m, Portable<S, I> a, Portable<S, I> b) {
+TOKCORE_INLINE Portable<S, I> select(typename Portable<S, I>::Mask m, Portable<S, I> a,
+                                     Portable<S, I> b) {
   return {m ? a.v : b.v};
 }
 // The larger of x and known; a NaN in x is passed over, so that a maximum is always a number.
@@ -153,12 +162,22 @@ TOKCORE_INLINE FloatVec operator+(FloatVec a, FloatVec b) { return {_mm512_add_p
 TOKCORE_INLINE FloatVec operator-(FloatVec a, FloatVec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 TOKCORE_INLINE FloatVec operator*(FloatVec a, FloatVec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 TOKCORE_INLINE FloatVec operator/(FloatVec a, FloatVec b) { return {_mm512_div_ps(a.v, b.v)}; }
-TOKCORE_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-TOKCORE_INLINE __mmask16 operator<(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-TOKCORE_INLINE FloatVec select(__mmask16 m, FloatVec a, FloatVec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+TOKCORE_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+TOKCORE_INLINE __mmask16 operator<(FloatVec a, FloatVec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
+}
+TOKCORE_INLINE FloatVec select(__mmask16 m, FloatVec a, FloatVec b) {
+  return {_mm512_mask_blend_ps(m, b.v, a.v)};
+}
 // maxps returns its second operand when either is NaN.
-TOKCORE_INLINE FloatVec max_number(FloatVec x, FloatVec known) { return {_mm512_max_ps(x.v, known.v)}; }
-TOKCORE_INLINE FloatVec max_or_nan(FloatVec x, FloatVec floor) { return {_mm512_max_ps(floor.v, x.v)}; }
+TOKCORE_INLINE FloatVec max_number(FloatVec x, FloatVec known) {
+  return {_mm512_max_ps(x.v, known.v)};
+}
+TOKCORE_INLINE FloatVec max_or_nan(FloatVec x, FloatVec floor) {
+  return {_mm512_max_ps(floor.v, x.v)};
+}
 TOKCORE_INLINE FloatVec abs(FloatVec a) { return {_mm512_abs_ps(a.v)}; }
 TOKCORE_INLINE float reduce_add(FloatVec a) { return _mm512_reduce_add_ps(a.v); }
 TOKCORE_INLINE float reduce_max(FloatVec a) { return _mm512_reduce_max_ps(a.v); }
@@ -180,21 +199,25 @@ TOKCORE_INLINE __m512i bf16_bits(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits,
+                              _mm512_set1_epi32(0x400000));
 }
 TOKCORE_INLINE __m512i pack(FloatVec a, FloatVec b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bf16_bits(a.v), 16), bf16_bits(b.v));
 }
 TOKCORE_INLINE __m512i pack_half(FloatVec a, FloatVec b) {
   const __m256i low = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low),
+                            _mm512_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT), 1);
 }
 TOKCORE_INLINE void store2(float* p, FloatVec a, FloatVec b) {
   _mm512_storeu_ps(p, a.v);
   _mm512_storeu_ps(p + 16, b.v);
 }
 TOKCORE_INLINE void store2(Bf16* p, FloatVec a, FloatVec b) { _mm512_storeu_si512(p, pack(a, b)); }
-TOKCORE_INLINE void store2(Fp16* p, FloatVec a, FloatVec b) { _mm512_storeu_si512(p, pack_half(a, b)); }
+TOKCORE_INLINE void store2(Fp16* p, FloatVec a, FloatVec b) {
+  _mm512_storeu_si512(p, pack_half(a, b));
+}
 TOKCORE_INLINE void stream2(float* p, FloatVec a, FloatVec b) {
   _mm512_stream_ps(p, a.v);
   _mm512_stream_ps(p + 16, b.v);
@@ -209,7 +232,9 @@ TOKCORE_INLINE void stream2(Fp16* p, FloatVec a, FloatVec b) {
 TOKCORE_INLINE FloatVec round_even(FloatVec x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 // p * 2^n; scalef underflows to 0 by itself.
 constexpr float kExp2Floor = -150.0f;
-TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec) { return {_mm512_scalef_ps(p.v, n.v)}; }
+TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec) {
+  return {_mm512_scalef_ps(p.v, n.v)};
+}
 
 #elif defined(TOKCORE_ISA_AVX2)
 
@@ -226,14 +251,22 @@ TOKCORE_INLINE FloatVec operator+(FloatVec a, FloatVec b) { return {_mm256_add_p
 TOKCORE_INLINE FloatVec operator-(FloatVec a, FloatVec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 TOKCORE_INLINE FloatVec operator*(FloatVec a, FloatVec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 TOKCORE_INLINE FloatVec operator/(FloatVec a, FloatVec b) { return {_mm256_div_ps(a.v, b.v)}; }
-TOKCORE_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-TOKCORE_INLINE FloatVec::Mask operator<(FloatVec a, FloatVec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+TOKCORE_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+TOKCORE_INLINE FloatVec::Mask operator<(FloatVec a, FloatVec b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+}
 TOKCORE_INLINE FloatVec select(FloatVec::Mask m, FloatVec a, FloatVec b) {
   return {_mm256_blendv_ps(b.v, a.v, m.v)};
 }
 // maxps returns its second operand when either is NaN.
-TOKCORE_INLINE FloatVec max_number(FloatVec x, FloatVec known) { return {_mm256_max_ps(x.v, known.v)}; }
-TOKCORE_INLINE FloatVec max_or_nan(FloatVec x, FloatVec floor) { return {_mm256_max_ps(floor.v, x.v)}; }
+TOKCORE_INLINE FloatVec max_number(FloatVec x, FloatVec known) {
+  return {_mm256_max_ps(x.v, known.v)};
+}
+TOKCORE_INLINE FloatVec max_or_nan(FloatVec x, FloatVec floor) {
+  return {_mm256_max_ps(floor.v, x.v)};
+}
 TOKCORE_INLINE FloatVec abs(FloatVec a) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)))};
 }
@@ -263,7 +296,8 @@ TOKCORE_INLINE __m256i pack(FloatVec a, FloatVec b) {
 }
 TOKCORE_INLINE __m256i pack_half(FloatVec a, FloatVec b) {
   const __m128i low = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm256_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT), 1);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                 _mm256_cvtps_ph(b.v, _MM_FROUND_TO_NEAREST_INT), 1);
 }
 TOKCORE_INLINE void store2(float* p, FloatVec a, FloatVec b) {
   _mm256_storeu_ps(p, a.v);
@@ -289,21 +323,24 @@ TOKCORE_INLINE void stream2(Fp16* p, FloatVec a, FloatVec b) {
 TOKCORE_INLINE FloatVec round_even(FloatVec x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// p * 2^n through the exponent bits, 0 where x is at the floor (where the bits would leave the normal range).
+// p * 2^n through the exponent bits, 0 where x is at the floor (where the bits would leave the
+// normal range).
 constexpr float kExp2Floor = -125.5f;
 TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec x) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
   const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shifted));
   // The unordered comparison keeps a NaN, whose bits the addition may have spoilt.
   const __m256 keep = _mm256_cmp_ps(x.v, _mm256_set1_ps(kExp2Floor), _CMP_GT_OQ);
-  return {_mm256_or_ps(_mm256_and_ps(scaled, keep), _mm256_and_ps(x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)))};
+  return {_mm256_or_ps(_mm256_and_ps(scaled, keep),
+                       _mm256_and_ps(x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)))};
 }
 
 #else
 
 using FloatVec = Portable<float, int32_t>;
 constexpr float kExp2Floor = -125.5f;
-// Without SSE4 rounding is a library call; adding and subtracting 1.5 * 2^23 rounds what is below 2^22.
+// Without SSE4 rounding is a library call; adding and subtracting 1.5 * 2^23 rounds what is below
+// 2^22.
 TOKCORE_INLINE FloatVec round_even(FloatVec x) {
   const FloatVec magic = FloatVec::all(0x1.8p23f);
   return (x + magic) - magic;
@@ -365,18 +402,20 @@ TOKCORE_INLINE void stream2(T* p, Portable<S, I> a, Portable<S, I> b) {
   store2(p, a, b);
 }
 
-// Streaming stores bypass the cache and are ordered with nothing: before the same line is written again, or another
-// thread may read it, they have to be drained.
+// Streaming stores bypass the cache and are ordered with nothing: before the same line is written
+// again, or another thread may read it, they have to be drained.
 TOKCORE_INLINE void drain_streams() {
 #if defined(TOKCORE_ISA_AVX512) || defined(TOKCORE_ISA_AVX2)
   _mm_sfence();
 #endif
 }
 
-// ---- exponential -----------------------------------------------------------------------------------------------------
+// ---- exponential
+// -----------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 or moderate: 0 from about -126 down (-150 with scalef), -inf included, NaN for NaN, relative error <= 1.6e-7, and exactly
-// 1 at 0. The polynomial is the minimax of degree 5 on [-1/2, 1/2] with the constant fixed at 1 (error 9.2e-8).
+// 2^x for x <= 0 or moderate: 0 from about -126 down (-150 with scalef), -inf included, NaN for
+// NaN, relative error <= 1.6e-7, and exactly 1 at 0. The polynomial is the minimax of degree 5 on
+// [-1/2, 1/2] with the constant fixed at 1 (error 9.2e-8).
 TOKCORE_INLINE FloatVec exp2(FloatVec x) {
   const FloatVec t = max_or_nan(x, FloatVec::all(kExp2Floor));
   const FloatVec n = round_even(t);

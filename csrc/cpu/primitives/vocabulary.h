@@ -1,8 +1,10 @@
-// The sweep over one row's vocabulary that the loss operators share: fixed blocks of columns, each reduced on its own and
-// merged in order by common/online_softmax.h. A block is read from memory once and stays in the nearest caches for its
-// second look (maxima first, exponentials after) while the next block is fetched behind it.
+// The sweep over one row's vocabulary that the loss operators share: fixed blocks of columns, each
+// reduced on its own and merged in order by common/online_softmax.h. A block is read from memory
+// once and stays in the nearest caches for its second look (maxima first, exponentials after) while
+// the next block is fetched behind it.
 //
-// The block size is a constant, so a row's result does not depend on how many rows, neighbours or threads there are.
+// The block size is a constant, so a row's result does not depend on how many rows, neighbours or
+// threads there are.
 #pragma once
 
 #include "common/online_softmax.h"
@@ -71,7 +73,8 @@ TOKCORE_INLINE Acc<T> block_max(const T* x, int64_t n) {
   return reduce_max(max_number(top_a, top_b));
 }
 
-// A block without a finite entry is anchored at 0: its exponentials are then all 0, or NaN where an entry is NaN.
+// A block without a finite entry is anchored at 0: its exponentials are then all 0, or NaN where an
+// entry is NaN.
 template <typename S>
 TOKCORE_INLINE S anchor_of(S max) {
   return max == -std::numeric_limits<S>::infinity() ? S(0) : max;
@@ -101,10 +104,12 @@ TOKCORE_INLINE SoftmaxSum<double> softmax_block(const T* x, int64_t n, double sc
     add(b);
   }
   const double total = reduce_add(sum);
-  return {total == 0 ? double(kLowest<T>) : double(max), total, kEntropy ? double(reduce_add(weighted)) / kLog2E : 0.0};
+  return {total == 0 ? double(kLowest<T>) : double(max), total,
+          kEntropy ? double(reduce_add(weighted)) / kLog2E : 0.0};
 }
 
-// (e^u - 1 - u) / u^2 for |u| <= kSmallRatio, to 4e-7 (the double path has the closed series of online_softmax.h).
+// (e^u - 1 - u) / u^2 for |u| <= kSmallRatio, to 4e-7 (the double path has the closed series of
+// online_softmax.h).
 TOKCORE_INLINE FloatVec exp_remainder(FloatVec u) {
   FloatVec r = FloatVec::all(1.0f / 720);
   r = fma(r, u, FloatVec::all(1.0f / 120));
@@ -117,7 +122,8 @@ TOKCORE_INLINE DoubleVec exp_remainder(DoubleVec u) {
   return u;
 }
 
-// Sums for one direction of the KL of a block, weights q: sum q u and sum q (e^u - 1 - u), with p = q e^u.
+// Sums for one direction of the KL of a block, weights q: sum q u and sum q (e^u - 1 - u), with p =
+// q e^u.
 template <typename V>
 struct KlSums {
   V ratio = V::all(0), remainder = V::all(0);
@@ -130,21 +136,26 @@ struct KlSums {
   }
 };
 
+// Sums over a block of both logits, each anchored at its maximum, with log p lowered by `shift`.
+struct KlBlockSums {
+  double p, q, weighted, forward_ratio, forward_remainder, reverse_ratio, reverse_remainder;
+};
 template <int kDirections, bool kEntropy, typename T>
-TOKCORE_INLINE KlState<double> kl_block(const T* policy, const T* reference, int64_t n, double scale) {
+TOKCORE_INLINE KlBlockSums kl_sums(const T* policy, const T* reference, int64_t n, double scale,
+                                   Acc<T> max_p, Acc<T> max_q, double shift) {
   using V = Vec<T>;
   using S = Acc<T>;
-  const S max_p = anchor_of(block_max(policy, n)), max_q = anchor_of(block_max(reference, n));
-  const V top_p = V::all(max_p), top_q = V::all(max_q);
+  const V top_p = V::all(max_p), top_q = V::all(max_q), moved = V::all(S(shift));
   const V to_log2 = V::all(S(scale * kLog2E)), natural = V::all(S(scale));
+  const V moved2 = V::all(S(shift * kLog2E));
   V sum_p = V::all(0), sum_q = V::all(0), weighted = V::all(0), xa, xb, ra, rb;
   KlSums<V> forward, reverse;
   const auto add = [&](V x, V r) __attribute__((always_inline)) {
     const V from_top_p = x - top_p, from_top_q = r - top_q;
-    const V log_p = from_top_p * to_log2;
+    const V log_p = from_top_p * to_log2 - moved2;
     const V p = exp2(log_p), q = exp2(from_top_q * to_log2);
     // Both anchored at their maxima, so an offset between the two logits has left before they meet.
-    const V u = (from_top_p - from_top_q) * natural;
+    const V u = (from_top_p - from_top_q) * natural - moved;
     sum_p = sum_p + p;
     sum_q = sum_q + q;
     if (kEntropy) weighted = weighted + positive_only(p, p * log_p);
@@ -159,19 +170,48 @@ TOKCORE_INLINE KlState<double> kl_block(const T* policy, const T* reference, int
     add(xa, ra);
     add(xb, rb);
   }
+  return {double(reduce_add(sum_p)),
+          double(reduce_add(sum_q)),
+          double(reduce_add(weighted)),
+          double(reduce_add(forward.ratio)),
+          double(reduce_add(forward.remainder)),
+          double(reduce_add(reverse.ratio)),
+          double(reduce_add(reverse.remainder))};
+}
+
+// The anchored log-ratios u have the block's mean near 0 unless the maximum itself has moved
+// against the rest. What is left of two sums of the size of the mean is then off by its rounding.
+TOKCORE_INLINE bool off_center(double mean, double divergence) {
+  const double size = mean < 0 ? -mean : mean;
+  return divergence < size * (size < 1 ? size : 1) / 32;
+}
+
+template <int kDirections, bool kEntropy, typename T>
+TOKCORE_INLINE KlState<double> kl_block(const T* policy, const T* reference, int64_t n,
+                                        double scale) {
+  const Acc<T> max_p = anchor_of(block_max(policy, n)), max_q = anchor_of(block_max(reference, n));
+  KlBlockSums s = kl_sums<kDirections, kEntropy>(policy, reference, n, scale, max_p, max_q, 0.0);
   KlState<double> state;
-  state.policy = {double(max_p), double(reduce_add(sum_p)), kEntropy ? double(reduce_add(weighted)) / kLog2E : 0.0};
-  state.reference = {double(max_q), double(reduce_add(sum_q)), 0.0};
-  const double p = state.policy.sum, q = state.reference.sum, between = (double(max_p) - double(max_q)) * scale;
-  if (kDirections & 1) {
-    const TileKl<double> kl = tile_kl(q, p, double(reduce_add(forward.ratio)), double(reduce_add(forward.remainder)));
-    state.forward = kl.divergence;
-    state.gap = between + kl.log_ratio;
-  }
-  if (kDirections & 2) {
-    const TileKl<double> kl = tile_kl(p, q, double(reduce_add(reverse.ratio)), double(reduce_add(reverse.remainder)));
-    state.reverse = kl.divergence;
-    state.gap = between - kl.log_ratio;
+  state.policy = {double(max_p), s.p, s.weighted / kLog2E};
+  state.reference = {double(max_q), s.q, 0.0};
+  const auto combine = [&](double shift) __attribute__((always_inline)) {
+    const double between = (double(max_p) - double(max_q)) * scale + shift;
+    if (kDirections & 1) {
+      const TileKl<double> kl = tile_kl(s.q, s.p, s.forward_ratio, s.forward_remainder);
+      state.forward = kl.divergence;
+      state.gap = between + kl.log_ratio;
+    }
+    if (kDirections & 2) {
+      const TileKl<double> kl = tile_kl(s.p, s.q, s.reverse_ratio, s.reverse_remainder);
+      state.reverse = kl.divergence;
+      state.gap = between - kl.log_ratio;
+    }
+  };
+  combine(0.0);
+  const double mean = kDirections & 1 ? s.forward_ratio / s.q : -s.reverse_ratio / s.p;
+  if (off_center(mean, kDirections & 1 ? state.forward : state.reverse)) {
+    s = kl_sums<kDirections, false>(policy, reference, n, scale, max_p, max_q, mean);
+    combine(mean);
   }
   return state;
 }
@@ -181,8 +221,9 @@ TOKCORE_INLINE double scale_of(const Params& p, int64_t row) {
   return 1.0 / (p.row_temperature ? double(p.row_temperature[row]) : p.temperature);
 }
 
-// The three entries of a forward pass over rows that are reduced block by block: whole rows; single blocks of rows that
-// are too few to go round; and the merge of those. `Op` gives a State, block(p, row, block) and finish(p, row, state).
+// The three entries of a forward pass over rows that are reduced block by block: whole rows; single
+// blocks of rows that are too few to go round; and the merge of those. `Op` gives a State, block(p,
+// row, block) and finish(p, row, state).
 template <typename Op, typename Params>
 static void forward_rows(const Params& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -196,7 +237,8 @@ template <typename Op, typename Params>
 static void forward_blocks(const Params& p, int64_t begin, int64_t end) {
   const int64_t blocks = block_count(p.columns);
   for (int64_t unit = begin; unit < end; ++unit)
-    static_cast<typename Op::State*>(p.blocks)[unit] = Op::block(p, p.rows[unit / blocks], unit % blocks);
+    static_cast<typename Op::State*>(p.blocks)[unit] =
+        Op::block(p, p.rows[unit / blocks], unit % blocks);
 }
 template <typename Op, typename Params>
 static void merge_blocks(const Params& p, int64_t begin, int64_t end) {
@@ -204,7 +246,8 @@ static void merge_blocks(const Params& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     typename Op::State state;
     for (int64_t block = 0; block < blocks; ++block)
-      state = merge(state, static_cast<const typename Op::State*>(p.blocks)[i * blocks + block], scale_of(p, p.rows[i]));
+      state = merge(state, static_cast<const typename Op::State*>(p.blocks)[i * blocks + block],
+                    scale_of(p, p.rows[i]));
     Op::finish(p, p.rows[i], state);
   }
 }
@@ -225,7 +268,8 @@ TOKCORE_INLINE void for_each_unit(int64_t n, const T* out, bool stream, Step uni
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
 
-// Defines name(params, begin, end), which runs `call` with T the storage type of the call, and counts it for its level.
+// Defines name(params, begin, end), which runs `call` with T the storage type of the call, and
+// counts it for its level.
 #define TOKCORE_BY_STORAGE(name, Params, call)                                       \
   template <typename T>                                                              \
   void name##_of(const Params& p, int64_t begin, int64_t end) {                      \
