@@ -32,26 +32,33 @@ struct SoftmaxSum {
       0;  // sum of e * (x - max) * scale over e > 0: the entropy is log(sum) - weighted / sum
 };
 
-// Rescales `s` to another maximum. The caller guarantees sum != 0, so max is finite (or +inf / NaN
-// in a poisoned row).
+// The sums of two sides against the greater of their maxima: one exponential, as one side stays.
 template <typename acc_t>
-TOKCORE_HOST_DEVICE SoftmaxSum<acc_t> rebase(const SoftmaxSum<acc_t>& s, acc_t max, acc_t scale) {
-  const acc_t shift = (s.max - max) * scale;
-  if (shift == acc_t(0)) return s;
-  const acc_t factor = std::exp(shift);
+struct Joined {
+  acc_t max, sum_a, sum_b, weighted;
+};
+template <typename acc_t>
+TOKCORE_HOST_DEVICE Joined<acc_t> join(const SoftmaxSum<acc_t>& a, const SoftmaxSum<acc_t>& b,
+                                       acc_t scale) {
+  // A side without mass has no say in the maximum.
+  const acc_t max_a = a.sum == acc_t(0) ? b.max : a.max, max_b = b.sum == acc_t(0) ? a.max : b.max;
+  const bool a_stays = max_a >= max_b;
+  const SoftmaxSum<acc_t> moving = a_stays ? b : a, staying = a_stays ? a : b;
+  const acc_t max = a_stays ? max_a : max_b, shift = ((a_stays ? max_b : max_a) - max) * scale;
+  const acc_t factor = moving.sum == acc_t(0) ? acc_t(0) : std::exp(shift);
+  const acc_t sum = moving.sum * factor;
   // factor 0 with shift -inf would make 0 * inf; a NaN shift has to stay NaN
-  const acc_t moved = factor == acc_t(0) ? acc_t(0) : factor * (s.weighted + s.sum * shift);
-  return {max, s.sum * factor, moved};
+  const acc_t weighted =
+      factor == acc_t(0) ? acc_t(0) : factor * (moving.weighted + moving.sum * shift);
+  return {max, a_stays ? staying.sum : sum, a_stays ? sum : staying.sum,
+          staying.weighted + weighted};
 }
 
 template <typename acc_t>
 TOKCORE_HOST_DEVICE SoftmaxSum<acc_t> merge(const SoftmaxSum<acc_t>& a, const SoftmaxSum<acc_t>& b,
                                             acc_t scale) {
-  if (b.sum == acc_t(0)) return a;
-  if (a.sum == acc_t(0)) return b;
-  const acc_t max = a.max > b.max ? a.max : b.max;
-  const SoftmaxSum<acc_t> x = rebase(a, max, scale), y = rebase(b, max, scale);
-  return {max, x.sum + y.sum, x.weighted + y.weighted};
+  const Joined<acc_t> j = join(a, b, scale);
+  return {j.max, j.sum_a + j.sum_b, j.weighted};
 }
 
 // log of the sum relative to the maximum; NaN for a row without a finite entry, so that every
@@ -72,10 +79,13 @@ TOKCORE_HOST_DEVICE acc_t entropy(const SoftmaxSum<acc_t>& s) {
 constexpr double kSmallRatio = 0.25;
 template <typename acc_t>
 TOKCORE_HOST_DEVICE acc_t exp_remainder(acc_t u) {
-  constexpr int kLast = sizeof(acc_t) == sizeof(double) ? 13 : 8;
-  acc_t r = 1;
-  for (int n = kLast; n > 2; --n) r = acc_t(1) + r * u * (acc_t(1) / acc_t(n));
-  return r / acc_t(2);
+  constexpr double kInverseFactorial[] = {
+      1.0 / 2,     1.0 / 6,      1.0 / 24,      1.0 / 120,      1.0 / 720,       1.0 / 5040,
+      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr int kLast = sizeof(acc_t) == sizeof(double) ? 11 : 6;
+  acc_t r = acc_t(kInverseFactorial[kLast]);
+  for (int n = kLast - 1; n >= 0; --n) r = r * u + acc_t(kInverseFactorial[n]);
+  return r;
 }
 
 // q * (e^u - 1 - u) with p = q e^u given, never negative and right for q = 0 (the term is then p),
@@ -89,10 +99,10 @@ TOKCORE_HOST_DEVICE acc_t divergence_term(acc_t q, acc_t p, acc_t u) {
 template <typename acc_t>
 struct KlState {
   SoftmaxSum<acc_t> policy, reference;
-  acc_t gap = 0;  // log-sum-exp of the policy minus that of the reference, over the entries seen,
-                  // both times scale
-  acc_t forward =
-      0;  // KL(reference || policy) of the two distributions restricted to the entries seen
+  // log(policy.sum / reference.sum), but as precise as the differences it is made of. Each sum is
+  // relative to its own maximum, so a common offset between the two logits never enters.
+  acc_t log_ratio = 0;
+  acc_t forward = 0;  // KL(reference || policy) of the distributions restricted to the entries seen
   acc_t reverse = 0;  // KL(policy || reference)
 };
 
@@ -106,15 +116,13 @@ struct TileKl {
 };
 template <typename acc_t>
 TOKCORE_HOST_DEVICE TileKl<acc_t> tile_kl(acc_t sum_q, acc_t sum_p, acc_t ratio, acc_t remainder) {
-  const acc_t y = (ratio + remainder) / sum_q;
-  acc_t divergence, log_ratio;
-  if (std::fabs(y) < acc_t(0.5)) {
-    log_ratio = std::log1p(y);
-    divergence = remainder / sum_q - (y - log_ratio);
-  } else {
-    log_ratio = std::log(sum_p / sum_q);
-    divergence = log_ratio - ratio / sum_q;
-  }
+  // A tile in which one of them has no mass has no divergence of its own, only a log-ratio: the
+  // merge makes of it what it is worth.
+  if (sum_q == acc_t(0) || sum_p == acc_t(0)) return {acc_t(0), std::log(sum_p / sum_q)};
+  const acc_t per_q = acc_t(1) / sum_q, y = (ratio + remainder) * per_q;
+  const bool near = std::fabs(y) < acc_t(0.5);
+  const acc_t log_ratio = near ? std::log1p(y) : std::log(sum_p * per_q);
+  const acc_t divergence = near ? remainder * per_q - (y - log_ratio) : log_ratio - ratio * per_q;
   // Jensen: the exact value is >= 0; what is below is the rounding of two nearly equal terms. NaN
   // must pass.
   return {divergence < acc_t(0) ? acc_t(0) : divergence, log_ratio};
@@ -125,29 +133,30 @@ TOKCORE_HOST_DEVICE KlState<acc_t> merge(const KlState<acc_t>& a, const KlState<
                                          acc_t scale) {
   if (b.policy.sum == acc_t(0) && b.reference.sum == acc_t(0)) return a;
   if (a.policy.sum == acc_t(0) && a.reference.sum == acc_t(0)) return b;
+  const Joined<acc_t> p = join(a.policy, b.policy, scale),
+                      q = join(a.reference, b.reference, scale);
   KlState<acc_t> out;
-  out.policy = merge(a.policy, b.policy, scale);
-  out.reference = merge(a.reference, b.reference, scale);
-  // The masses of the two sides under each distribution.
-  const acc_t p_a = a.policy.sum == acc_t(0)
-                        ? acc_t(0)
-                        : rebase(a.policy, out.policy.max, scale).sum / out.policy.sum;
-  const acc_t p_b = b.policy.sum == acc_t(0)
-                        ? acc_t(0)
-                        : rebase(b.policy, out.policy.max, scale).sum / out.policy.sum;
-  const acc_t q_a = a.reference.sum == acc_t(0)
-                        ? acc_t(0)
-                        : rebase(a.reference, out.reference.max, scale).sum / out.reference.sum;
-  const acc_t q_b = b.reference.sum == acc_t(0)
-                        ? acc_t(0)
-                        : rebase(b.reference, out.reference.max, scale).sum / out.reference.sum;
-  const acc_t step = b.gap - a.gap;
-  // Near each other the gaps are averaged as differences; far apart (or infinite) the plain form
-  // has nothing to lose.
-  out.gap = std::fabs(step) < acc_t(0.5) ? a.gap + std::log1p(q_b * std::expm1(step))
-                                         : (out.policy.max - out.reference.max) * scale +
-                                               std::log(out.policy.sum / out.reference.sum);
-  const acc_t u_a = a.gap - out.gap, u_b = b.gap - out.gap;
+  out.policy = {p.max, p.sum_a + p.sum_b, p.weighted};
+  out.reference = {q.max, q.sum_a + q.sum_b, q.weighted};
+  if (out.policy.sum == acc_t(0) || out.reference.sum == acc_t(0)) {
+    // A distribution without mass so far: no divergence is defined yet.
+    out.log_ratio = std::log(out.policy.sum / out.reference.sum);
+    return out;
+  }
+  // The shares of the two sides in each distribution.
+  const acc_t per_p = acc_t(1) / out.policy.sum, per_q = acc_t(1) / out.reference.sum;
+  const acc_t p_a = p.sum_a * per_p, p_b = p.sum_b * per_p;
+  const acc_t q_a = q.sum_a * per_q, q_b = q.sum_b * per_q;
+  // The log-ratios of the two sides relative to the maxima of the whole. Maxima of one tensor are
+  // subtracted from each other, never from those of the other.
+  const acc_t ratio_a = a.log_ratio + ((a.policy.max - p.max) - (a.reference.max - q.max)) * scale;
+  const acc_t ratio_b = b.log_ratio + ((b.policy.max - p.max) - (b.reference.max - q.max)) * scale;
+  const acc_t step = ratio_b - ratio_a;
+  // Near each other they are averaged as differences; far apart (or infinite) the plain form has
+  // nothing to lose.
+  out.log_ratio = std::fabs(step) < acc_t(0.5) ? ratio_a + std::log1p(q_b * std::expm1(step))
+                                               : std::log(out.policy.sum * per_q);
+  const acc_t u_a = ratio_a - out.log_ratio, u_b = ratio_b - out.log_ratio;
   out.forward = (q_a == acc_t(0) ? acc_t(0) : q_a * a.forward) +
                 (q_b == acc_t(0) ? acc_t(0) : q_b * b.forward) + divergence_term(q_a, p_a, u_a) +
                 divergence_term(q_b, p_b, u_b);

@@ -58,21 +58,25 @@ namespace TOKCORE_ISA {
 namespace {
 
 // cap * tanh(x / cap). The series where 1 - 2 / (e^2z + 1) would cancel.
-template <typename V>
-TOKCORE_INLINE V soft_capped(V x, V cap, V inverse) {
-  using S = typename V::Scalar;
+TOKCORE_INLINE FloatVec soft_capped(FloatVec x, FloatVec cap, FloatVec inverse) {
+  using V = FloatVec;
   const V z = x * inverse, z2 = z * z, magnitude = abs(z);
-  V series = V::all(S(-1382.0 / 155925));
-  series = fma(series, z2, V::all(S(62.0 / 2835)));
-  series = fma(series, z2, V::all(S(-17.0 / 315)));
-  series = fma(series, z2, V::all(S(2.0 / 15)));
-  series = fma(series, z2, V::all(S(-1.0 / 3)));
+  V series = V::all(float(-1382.0 / 155925));
+  series = fma(series, z2, V::all(float(62.0 / 2835)));
+  series = fma(series, z2, V::all(float(-17.0 / 315)));
+  series = fma(series, z2, V::all(float(2.0 / 15)));
+  series = fma(series, z2, V::all(float(-1.0 / 3)));
   series = fma(series * z2, z, z);
   // e^-2|z| never overflows: tanh |z| = (1 - e) / (1 + e).
-  const V e = exp2(magnitude * V::all(S(-2 * kLog2E)));
+  const V e = exp2(magnitude * V::all(float(-2 * kLog2E)));
   const V closed = (V::all(1) - e) / (V::all(1) + e);
   const V signed_closed = select(z < V::all(0), V::all(0) - closed, closed);
-  return cap * select(magnitude < V::all(S(0.25)), series, signed_closed);
+  return cap * select(magnitude < V::all(float(0.25)), series, signed_closed);
+}
+TOKCORE_INLINE DoubleVec soft_capped(DoubleVec x, DoubleVec cap, DoubleVec inverse) {
+  for (int i = 0; i < DoubleVec::kWidth; ++i)
+    x.v[i] = cap.v[i] * __builtin_tanh(x.v[i] * inverse.v[i]);
+  return x;
 }
 TOKCORE_INLINE double soft_capped(double x, double cap) { return cap * __builtin_tanh(x / cap); }
 

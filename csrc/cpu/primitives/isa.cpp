@@ -83,5 +83,6 @@ TOKCORE_EXPORT int64_t tokcore_cpu_isa_calls(const char* level) {
   return -1;
 }
 
-// The CUDA architectures that libtokcore_cuda.so was built for beside this library; empty when it was built without.
+// The CUDA architectures that libtokcore_cuda.so was built for beside this library; empty when it
+// was built without.
 TOKCORE_EXPORT const char* tokcore_cuda_architectures() { return TOKCORE_CUDA_BUILT_FOR; }

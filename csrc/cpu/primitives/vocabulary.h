@@ -140,9 +140,11 @@ struct KlSums {
 struct KlBlockSums {
   double p, q, weighted, forward_ratio, forward_remainder, reverse_ratio, reverse_remainder;
 };
+// Not inlined: a block is work enough for a call, and both calls below share the code.
 template <int kDirections, bool kEntropy, typename T>
-TOKCORE_INLINE KlBlockSums kl_sums(const T* policy, const T* reference, int64_t n, double scale,
-                                   Acc<T> max_p, Acc<T> max_q, double shift) {
+static __attribute__((noinline)) KlBlockSums kl_sums(const T* policy, const T* reference, int64_t n,
+                                                     double scale, Acc<T> max_p, Acc<T> max_q,
+                                                     double shift) {
   using V = Vec<T>;
   using S = Acc<T>;
   const V top_p = V::all(max_p), top_q = V::all(max_q), moved = V::all(S(shift));
@@ -195,22 +197,21 @@ TOKCORE_INLINE KlState<double> kl_block(const T* policy, const T* reference, int
   state.policy = {double(max_p), s.p, s.weighted / kLog2E};
   state.reference = {double(max_q), s.q, 0.0};
   const auto combine = [&](double shift) __attribute__((always_inline)) {
-    const double between = (double(max_p) - double(max_q)) * scale + shift;
     if (kDirections & 1) {
       const TileKl<double> kl = tile_kl(s.q, s.p, s.forward_ratio, s.forward_remainder);
       state.forward = kl.divergence;
-      state.gap = between + kl.log_ratio;
+      state.log_ratio = shift + kl.log_ratio;
     }
     if (kDirections & 2) {
       const TileKl<double> kl = tile_kl(s.p, s.q, s.reverse_ratio, s.reverse_remainder);
       state.reverse = kl.divergence;
-      state.gap = between - kl.log_ratio;
+      state.log_ratio = shift - kl.log_ratio;
     }
   };
   combine(0.0);
   const double mean = kDirections & 1 ? s.forward_ratio / s.q : -s.reverse_ratio / s.p;
   if (off_center(mean, kDirections & 1 ? state.forward : state.reverse)) {
-    s = kl_sums<kDirections, false>(policy, reference, n, scale, max_p, max_q, mean);
+    s = kl_sums<kDirections, kEntropy>(policy, reference, n, scale, max_p, max_q, mean);
     combine(mean);
   }
   return state;

@@ -1,0 +1,255 @@
+"""Argument checks that the operators share.
+
+Every text names the operator, the argument, the rule and the value found. The native operators
+check their tensors once more before they allocate; here is what they cannot see (Python values,
+requires_grad, aliasing) and what a user should read before a compiler puts words around it.
+"""
+
+import math
+import numbers
+import os
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def logits(operator: str, name: str, value: Tensor) -> None:
+    _tensor(operator, name, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{operator}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}"
+        )
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(
+            f"{operator}: {name} must have shape (..., V) with V >= 1, got {_shape(value)}"
+        )
+    _no_functional_derivative(operator, name, value)
+
+
+def same_vocabulary(operator: str, policy: Tensor, reference: Tensor) -> None:
+    _same_device(operator, "reference_logits", reference, policy)
+    if reference.dtype != policy.dtype:
+        raise TypeError(
+            f"{operator}: policy_logits and reference_logits must have one dtype, got "
+            f"{policy.dtype} and {reference.dtype}"
+        )
+    if reference.shape[-1] != policy.shape[-1]:
+        raise ValueError(
+            f"{operator}: the vocabularies of policy_logits and reference_logits differ: "
+            f"V={policy.shape[-1]} and V={reference.shape[-1]}; a padded vocabulary? Slice or pad "
+            "one of them"
+        )
+    if reference.shape != policy.shape:
+        raise ValueError(
+            f"{operator}: reference_logits must have the shape of policy_logits, "
+            f"{_shape(policy)} (nothing is broadcast), got {_shape(reference)}"
+        )
+
+
+def target(operator: str, value: Tensor, like: Tensor, ignore_index: int, *, several: bool) -> None:
+    _tensor(operator, "target", value)
+    if value.requires_grad:
+        raise ValueError(
+            f"{operator}: target must not require grad: it holds token ids, got {value.dtype}"
+        )
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{operator}: target must be int64 or int32, got {value.dtype}")
+    _same_device(operator, "target", value, like)
+    rows = like.shape[:-1]
+    if value.shape != rows and not (
+        several and value.dim() == like.dim() and value.shape[:-1] == rows
+    ):
+        rule = "(...) or (..., K)" if several else "(...)"
+        raise ValueError(
+            f"{operator}: target must have shape {rule} for logits (..., V) = {_shape(like)} "
+            f"(nothing is broadcast), got {_shape(value)}"
+        )
+    if _debug() and _readable(value):
+        _labels_in_range(operator, value, like.shape[-1], ignore_index)
+
+
+def mask(operator: str, value: Tensor, like: Tensor) -> None:
+    _tensor(operator, "mask", value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{operator}: mask must be bool (True = keep), got {value.dtype}")
+    _same_device(operator, "mask", value, like)
+    _rows(operator, "mask", value, like)
+
+
+def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """The scalar and the per-row temperature that the native operators take; the tensor wins."""
+    if not isinstance(value, Tensor):
+        return _positive(operator, "temperature", value), None
+    if value.requires_grad:
+        raise ValueError(f"{operator}: temperature must not require grad: it is not differentiated")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{operator}: temperature must be floating point, got {value.dtype}")
+    _same_device(operator, "temperature", value, like)
+    _rows(operator, "temperature", value, like)
+    rows = value.to(torch.float32)
+    if _readable(rows) and (rows.device.type == "cpu" or _debug()):
+        bad = rows[~(torch.isfinite(rows) & (rows > 0))]
+        if bad.numel() > 0:
+            raise ValueError(
+                f"{operator}: temperature must be finite and > 0 in every row, got {bad[0].item()}"
+            )
+    return 1.0, rows
+
+
+def softcap(operator: str, value: float | None) -> float:
+    """The softcap as the native operators take it: 0 is none."""
+    return 0.0 if value is None else _positive(operator, "softcap", value)
+
+
+def integer(operator: str, name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{operator}: {name} must be an int, got {value!r}")
+    return int(value)
+
+
+def choice(operator: str, name: str, value: str, choices: dict[str, int]) -> int:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{operator}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value]
+
+
+def inplace_backward(operator: str, name: str, value: Tensor) -> bool:
+    """Whether the backward may write over ``value``: False where there is no backward at all, an
+    error where it would do harm.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    # What torch.vmap hands over does not say whether it requires grad.
+    if value.requires_grad if torch.compiler.is_compiling() else _is_transformed(value):
+        raise ValueError(
+            f"{operator}: inplace_backward cannot be traced or transformed (torch.compile, "
+            "torch.func): a compiler decides itself what it overwrites; leave it False there"
+        )
+    if not value.requires_grad:
+        return False
+    # A view of a leaf shares the leaf's memory.
+    owner = value if value._base is None else value._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"{operator}: inplace_backward would destroy {name}, a leaf that requires grad (or a "
+            "view of one)"
+        )
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{operator}: inplace_backward needs the last dimension of {name} contiguous, got "
+            f"strides {value.stride()}"
+        )
+    if _may_overlap(value):
+        raise ValueError(
+            f"{operator}: inplace_backward needs {name} whose elements do not share memory (an "
+            f"expanded view?), got strides {value.stride()} for shape {_shape(value)}"
+        )
+    return True
+
+
+def separate(operator: str, name: str, other: Tensor, written: Tensor) -> None:
+    """``other`` is still to be read when ``written`` is written over."""
+    if other.requires_grad:
+        raise ValueError(f"{operator}: inplace_backward cannot also differentiate {name}")
+    if other.untyped_storage()._cdata == written.untyped_storage()._cdata:
+        raise ValueError(f"{operator}: inplace_backward would write over the storage of {name}")
+
+
+def no_create_graph(operator: str) -> None:
+    """In a backward formula: grad mode is on exactly under create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: inplace_backward and create_graph=True exclude each other: the graph "
+            "would need the logits that this backward writes over"
+        )
+
+
+def _positive(operator: str, name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{operator}: {name} must be finite and > 0, got {value}")
+    return float(value)
+
+
+def _labels_in_range(operator: str, value: Tensor, size: int, ignore_index: int) -> None:
+    bad = value[((value < 0) | (value >= size)) & (value != ignore_index)]
+    if bad.numel() > 0:
+        raise ValueError(
+            f"{operator}: target must be in [0, {size}) or ignore_index ({ignore_index}), got "
+            f"{bad[0].item()}"
+        )
+
+
+def _tensor(operator: str, name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _same_device(operator: str, name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(
+            f"{operator}: {name} must be on the device of the logits, {like.device}, got "
+            f"{value.device}"
+        )
+
+
+def _no_functional_derivative(operator: str, name: str, value: Tensor) -> None:
+    """Forward mode would get a tangent of zero, in silence; torch.func.grad an obscure error."""
+    if torch.compiler.is_compiling():
+        return
+    inner = value
+    while _is_transformed(inner):
+        if torch._C._functorch.is_gradtrackingtensor(inner):
+            break
+        inner = torch._C._functorch.get_unwrapped(inner)
+    if _is_transformed(inner) or forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{operator}: {name} cannot be differentiated by torch.func or in forward mode; use "
+            "backward() or torch.autograd.grad (torch.vmap works)"
+        )
+
+
+def _rows(operator: str, name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape[:-1]:
+        raise ValueError(
+            f"{operator}: {name} must have the shape of the rows, {tuple(like.shape[:-1])} "
+            f"(nothing is broadcast), got {_shape(value)}"
+        )
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)
+
+
+def _debug() -> bool:
+    """TOKCORE_DEBUG=1: facts about values raise on every device; that synchronises."""
+    return os.environ.get("TOKCORE_DEBUG", "0") not in ("", "0")
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether Python may look at the values: not in a trace, in torch.func or on meta."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(value) is not Tensor
+        or value.device.type == "meta"
+        or _is_transformed(value)
+    )
+
+
+def _is_transformed(value: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _may_overlap(value: Tensor) -> bool:
+    """False only where, by rising stride, each dimension steps over what the finer ones cover."""
+    covered = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < covered:
+                return True
+            covered += stride * (size - 1)
+    return False
