@@ -1,0 +1,1 @@
+"""Measurements of tokcore beside what users have today: see report.py."""

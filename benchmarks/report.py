@@ -1,0 +1,237 @@
+"""Runs every suite under both allocators and prints one table, and which bars are met.
+
+    python -m benchmarks.report                        # everything; results/<device>/*.json
+    python -m benchmarks.report --only sequential_kl   # one suite
+    python -m benchmarks.report --resume               # only what is missing, or was noisy
+    python -m benchmarks.report --table llama3         # no measurement: the table, for one model
+    python -m benchmarks.report --quick                # tiny, into a temporary folder: for CI
+
+Allocators: "default" is glibc's, "huge pages" the same with THP_MEM_ALLOC_ENABLE=1, torch's switch
+to 2 MB pages. On Linux with 4 KB pages most of plain torch's time goes into page faults of its
+temporaries, so that one setting alone would show the allocator and not the arithmetic.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import bars, run, suite
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    ("operator", "model", "dtype", "pass"),
+    ("ms", "GB/s", "x floor", "vs compile", "vs torch"),
+    ("MB", "MB compile", "MB torch"),
+)
+
+
+def folder_name(device):
+    """ "cpu", or the GPU's name: each has one set of results, with its particulars inside."""
+    if device == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
+def measure_all(options, folder):
+    """One process per suite and allocator. -> names of those that failed."""
+    failed = []
+    for allocator in options.allocators:
+        environment = dict(os.environ)
+        environment.pop("THP_MEM_ALLOC_ENABLE", None)
+        if allocator == bars.HUGE:
+            environment["THP_MEM_ALLOC_ENABLE"] = "1"
+        for name in options.only:
+            command = [sys.executable, "-m", "benchmarks.run", name, "--device", options.device]
+            command += ["--out", str(folder / f"{name}.json"), "--allocator", allocator]
+            command += ["--shapes", *options.shapes, "--dtypes", *options.dtypes]
+            command += ["--resume"] * options.resume + ["--quick"] * options.quick
+            print(f"--- {name}, {allocator} allocator", flush=True)
+            result = subprocess.run(command, env=environment, cwd=RESULTS.parents[1])
+            if result.returncode:
+                failed.append(f"{name}, {allocator}")
+    return failed
+
+
+# --- tables --------------------------------------------------------------------------------
+
+
+def _fastest(group, kind):
+    rows = [r for r in group["variants"].values() if r["kind"] == kind and "ms" in r and r["exact"]]
+    return min(rows, key=lambda row: row["ms"], default=None)
+
+
+def _speed_cells(group, name):
+    """ms, GB/s, ratio to the floor, how many times faster than torch.compile and plain torch."""
+    row = (group or {"variants": {}})["variants"].get(name)
+    if row is None:
+        return [""] * len(COLUMNS[1])
+    cells = [f"{row['ms']:.1f}", f"{row['gb_s']:.0f}", f"{row['floor_ratio']:.2f}"]
+    for kind in ("compile", "eager"):
+        other = _fastest(group, kind)
+        cells.append(f"{other['ms'] / row['ms']:.1f}x" if other else "")
+    return cells
+
+
+def _peak_cells(group, name):
+    rows = [group["variants"][name], _fastest(group, "compile"), _fastest(group, "eager")]
+    return [f"{row['peak_mb']:.{1 if row['peak_mb'] < 10 else 0}f}" if row else "" for row in rows]
+
+
+def summary_table(documents, shapes):
+    """One row for an operator, model, dtype and pass; both allocators side by side."""
+    allocators = [a for a in run.ALLOCATORS if any(a in d["runs"] for d in documents)]
+    titles = list(COLUMNS[0])
+    for allocator in allocators:
+        mark = "" if allocator == bars.DEFAULT else " (2 MB)"
+        titles += [title + mark for title in COLUMNS[1]]
+    lines = [titles + list(COLUMNS[2])]
+    for document in documents:
+        runs = [document["runs"].get(allocator, {"groups": {}}) for allocator in allocators]
+        for key in dict.fromkeys(key for one in runs for key in one["groups"]):
+            shape, dtype, pass_name = key.split()
+            if shape not in shapes:
+                continue
+            groups = [one["groups"].get(key) for one in runs]
+            first = next(group for group in groups if group)
+            for name in (bars.TOKCORE, bars.IN_PLACE):
+                if name in first["variants"]:
+                    in_place = ", in place" if name == bars.IN_PLACE else ""
+                    line = [document["suite"], suite.SHAPES[shape].name, dtype]
+                    line.append(pass_name.replace("+", " + ") + in_place)
+                    for group in groups:
+                        line += _speed_cells(group, name)
+                    lines.append(line + _peak_cells(first, name))
+    return _markdown(lines)
+
+
+def group_table(group):
+    """Every variant of one group."""
+    lines = [["variant", "ms", "min", "quartiles", "GB/s", "x floor", "peak MB", "first call s"]]
+    for name, row in group["variants"].items():
+        if "error" in row:
+            lines.append([name, row["error"]] + [""] * 6)
+            continue
+        peak, first = row.get("peak_mb"), row.get("first_call_s")
+        cells = [f"{row['ms']:.2f}", f"{row['min_ms']:.2f}"]
+        cells.append(f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f} ({row['rounds']})")
+        cells += [f"{row['gb_s']:.1f}", f"{row['floor_ratio']:.2f}"]
+        cells.append("" if peak is None else f"{peak:.1f}")
+        cells.append("" if first is None else f"{first:.1f}" + " (cached)" * row["code_cached"])
+        exact = "" if row.get("exact", True) else " *"
+        lines.append([name + exact, *cells])
+    return _markdown(lines)
+
+
+def _markdown(lines):
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + " --- |" * len(lines[0]), *rows])
+
+
+# --- text --------------------------------------------------------------------------------
+
+
+def device_line(documents):
+    """The sentence that belongs above every table."""
+    environment = next(iter(documents[0]["runs"].values()))["environment"]
+    info = environment["build_info"]
+    words = [environment["device"], f"{environment['threads']} threads", f"ISA {info['isa']}"]
+    words += [f"torch {info['torch']}", f"tokcore {info['tokcore']}"]
+    words += [
+        f"{name} {environment[name]}" for name in ("liger_kernel", "trl") if name in environment
+    ]
+    return ", ".join([*words, environment["date"]])
+
+
+def bar_lines(found):
+    """A line for each missed bar, and the count; figures of the met ones are in bars.json."""
+    missed = [bar for bar in found if not bar.passed]
+    lines = [f"{len(found) - len(missed)} of {len(found)} bars met"]
+    for bar in missed:
+        where = f"{bar.suite}, {bar.group}, {bar.allocator} allocator"
+        noisy = " (noisy run)" if bar.noisy else ""
+        lines.append(
+            f"- MISS {bar.rule}: {bar.value} not {bar.relation} {bar.limit}: {where}{noisy}"
+        )
+    return "\n".join(lines)
+
+
+def full_text(documents, found):
+    """results/<device>/README.md."""
+    shapes = list(suite.SHAPES)
+    parts = ["# Measured", device_line(documents) + ".", __doc__.split("\n\n")[-1].strip()]
+    parts += [
+        "x floor: time over that of reading (and writing) the same bytes. vs: how many times "
+    ]
+    parts[-1] += "faster than the best variant of the same accuracy. Medians of cold calls."
+    parts += [summary_table(documents, shapes), "## Bars", bar_lines(found)]
+    for document in documents:
+        for allocator, one in document["runs"].items():
+            for key, group in one["groups"].items():
+                noise = group["noise"]
+                parts.append(f"### {document['suite']}, {key}, {allocator} allocator")
+                if noise.get("noisy"):
+                    parts.append(f"Noisy: {noise['other_cores']} cores were busy with other work.")
+                parts.append(group_table(group))
+    parts.append(
+        "\\* computed in the logits' dtype: not of the same accuracy, and in no comparison."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def load(folder):
+    files = [folder / f"{name}.json" for name in suite.suites()]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def parse(arguments):
+    names = list(suite.suites())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SUITE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--allocators", nargs="+", choices=run.ALLOCATORS)
+    parser.add_argument("--shapes", nargs="+", choices=list(suite.SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=list(suite.DTYPES))
+    parser.add_argument("--resume", action="store_true", help="keep results that were not noisy")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
+    parser.add_argument("--table", nargs="*", choices=list(suite.SHAPES), help="do not measure")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    options = parser.parse_args(arguments)
+    options.shapes = options.shapes or (["tiny"] if options.quick else list(suite.MODELS))
+    options.dtypes = options.dtypes or list(suite.DTYPES)
+    # The caching allocator of CUDA maps its memory once: the switch concerns the CPU alone.
+    one = options.quick or options.device == "cuda"
+    options.allocators = options.allocators or ((bars.DEFAULT,) if one else run.ALLOCATORS)
+    if options.out is None:
+        quick = Path(tempfile.gettempdir()) / "tokcore-benchmarks"
+        options.out = (quick if options.quick else RESULTS) / folder_name(options.device)
+    return options
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    failed = [] if options.table is not None else measure_all(options, options.out)
+    documents = load(options.out)
+    if not documents:
+        sys.exit(f"no results in {options.out}")
+    found = bars.evaluate(documents)
+    rows = [vars(bar) | {"passed": bar.passed} for bar in found]
+    (options.out / "bars.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.out / "README.md").write_text(full_text(documents, found))
+    print(f"\n{device_line(documents)}\n")
+    print(summary_table(documents, options.table or options.shapes))
+    print(f"\n{bar_lines(found)}\nwritten to {options.out}")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What one operator's benchmark declares: inputs, variants and the least traffic they need.
+
+Each bench_*.py under ops/ and algorithms/ holds its SUITES; run.py measures them, pytest too.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Logits (sequences, rows / sequences, vocabulary)."""
+
+    name: str
+    rows: int
+    vocabulary: int
+    sequences: int
+
+
+SHAPES = {
+    "llama2": Shape("Llama-2, Mistral", 2048, 32768, 8),
+    "llama3": Shape("Llama-3", 512, 128256, 4),
+    "qwen2.5": Shape("Qwen2.5", 256, 151936, 4),
+    "tiny": Shape("tiny", 64, 4096, 4),
+}
+MODELS = ("llama2", "llama3", "qwen2.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """`function` takes the suite's inputs and returns a tensor or several, differentiable first."""
+
+    name: str
+    kind: str  # "tokcore", "eager", "compile", "fused" (another library's kernel), "floor"
+    function: Callable
+    exact: bool = True  # float32 accuracy; what computes in bf16 is listed, but no bar counts it
+    overwrites: bool = False  # the gradient goes over the logits, restored before each run
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    name: str
+    inputs: Callable[[Shape, torch.dtype, torch.device], tuple[Tensor, ...]]  # logits first
+    variants: Callable[[torch.dtype, torch.device], list[Variant]]
+    streams: int  # how many of the inputs are logits: what one sweep reads
+    differentiated: int = 1  # how many outputs of a variant receive an upstream gradient
+    kept: float = 1.0  # share of the rows that are scored; the others cost no read
+    passes: Sequence[str] = (FORWARD, BACKWARD)
+
+    def traffic(self, logits, pass_name):
+        """Least bytes: one sweep of reads, and for the gradient another one and a write."""
+        sweep = int(self.streams * self.kept * logits.nbytes)
+        return sweep if pass_name == FORWARD else 2 * sweep + logits.nbytes
+
+
+def suites():
+    """name -> Suite, from every bench_*.py: operators, then the algorithms made of them."""
+    folder = Path(__file__).parent
+    files = sorted(folder.glob("ops/bench_*.py")) + sorted(folder.glob("algorithms/bench_*.py"))
+    names = [f"benchmarks.{file.parent.name}.{file.stem}" for file in files]
+    found = [suite for name in names for suite in importlib.import_module(name).SUITES]
+    return {suite.name: suite for suite in found}
+
+
+def draw_logits(shape, dtype, device, count=1, seed=0):
+    """`count` logits: 3 randn, then each further one that + 0.3 randn: a policy and its reference.
+
+    A few rows are drawn and repeated: no time depends on the values, and drawing all of them would
+    take longer than measuring.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = 3 * torch.randn(min(shape.rows, 32), shape.vocabulary, generator=generator)
+    results = []
+    for i in range(count):
+        rows = block + 0.3 * torch.randn(block.shape, generator=generator) if i else block
+        size = (shape.rows // len(block), *block.shape)
+        full = torch.empty(size, dtype=dtype, device=device).copy_(rows.to(dtype))
+        results.append(full.view(shape.sequences, -1, shape.vocabulary))
+    return results
+
+
+def draw_target(shape, device, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.sequences, shape.rows // shape.sequences)
+    return torch.randint(shape.vocabulary, size, generator=generator).to(device)
+
+
+def compiled(function):
+    """torch.compile for the very shapes; an eager remainder would not be what the name says."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class _Head(torch.autograd.Function):
+    """A tensor with a history over existing memory, like the output of a model's head: a leaf must
+    not be overwritten, and making a copy would cost pages."""
+
+    @staticmethod
+    def forward(ctx, anchor, memory):
+        alias = torch.empty(0, dtype=memory.dtype, device=memory.device)
+        return alias.set_(memory.untyped_storage(), 0, memory.shape, memory.stride())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
+class Call:
+    """A variant on given inputs: `prepare()`, which no clock sees, then the call itself."""
+
+    def __init__(self, variant, suite, inputs, pass_name):
+        self._function, self._differentiated = variant.function, suite.differentiated
+        self._forward, self._overwrites = pass_name == FORWARD, variant.overwrites
+        self._source, self._rest = inputs[0], inputs[1:]
+        self._upstream = None
+        if self._overwrites:
+            self._memory = self._source.clone()
+            self._anchor = torch.empty(0, device=self._source.device, requires_grad=True)
+        else:
+            self._logits = self._source.detach().requires_grad_(not self._forward)
+
+    def prepare(self):
+        if self._overwrites:
+            self._memory.copy_(self._source)
+            with torch.set_grad_enabled(not self._forward):
+                self._logits = _Head.apply(self._anchor, self._memory)
+
+    def __call__(self):
+        with torch.set_grad_enabled(not self._forward):
+            outputs = self._function(self._logits, *self._rest)
+        if self._forward:
+            return outputs
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        outputs = [o for o in outputs[: self._differentiated] if o.requires_grad]
+        if self._upstream is None:
+            draw = torch.Generator().manual_seed(2)
+            self._upstream = [torch.rand(o.shape, generator=draw).to(o) for o in outputs]
+        return torch.autograd.grad(outputs, self._logits, self._upstream)
