@@ -103,8 +103,8 @@ RULES = {
         _swap(r" <= ", " < "),
         _swap(r" > ", " >= "),
         _swap(r" >= ", " > "),
-        _swap(r"(?<=[\w)\]]) - 1\b", ""),
-        _swap(r"(?<=[\w)\]]) \+ 1\b", ""),
+        _swap(r"(?<=[\w)\]]) - 1(?![.\w])", ""),
+        _swap(r"(?<=[\w)\]]) \+ 1(?![.\w])", ""),
         _swap(r"\b(\w+) / (\w+) \* \2\b", r"\1"),
         _swap(r"\b(\w+) % [\w:]+(?:<\w+>)?(?:::\w+)?", r"\1"),
     ],
@@ -135,8 +135,9 @@ def _code_lines(text: str) -> Iterator[tuple[int, str]]:
             continued = stripped.endswith("\\")
             if re.match(r"#\s*if", stripped):
                 hidden.append("__CUDA" in stripped and "!" not in stripped)
+                nvcc_next = "__CUDA" not in stripped and "TOKCORE_EMULATED" in stripped
             elif re.match(r"#\s*(else|elif)", stripped):
-                hidden[-1] = not hidden[-1] and "__CUDA" in stripped
+                hidden[-1] = nvcc_next
             elif re.match(r"#\s*endif", stripped):
                 hidden.pop()
             continue
