@@ -1,7 +1,7 @@
 """Bridge from setuptools to CMake, which is the one description of the build.
 
-Environment variables TOKCORE_CUDA, TOKCORE_CUDA_ARCHS, TOKCORE_EMULATION, TOKCORE_SANITIZE and TOKCORE_WERROR are handed
-to CMake under the same names. torch has to be installed already: `pip install --no-build-isolation .`
+The environment variables in OPTIONS are handed to CMake under the same names. torch has to be
+installed already: `pip install --no-build-isolation .`
 """
 
 import os
@@ -26,7 +26,7 @@ class CMakeBuild(build_ext):
     """Runs CMake once for all libraries and installs them beside the package."""
 
     def run(self):
-        # One tree an interpreter and torch, kept between builds so that a change recompiles one file.
+        # Kept between builds, so that a change recompiles one file.
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
         configure = ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
