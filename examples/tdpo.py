@@ -12,7 +12,8 @@ the strings prompt, chosen and rejected; the model should be trained on the chos
 already, and is saved in OUTPUT/METHOD beside a checkpoint to go on from.
 
 Expect, as in the paper's figure, the sequential KL of the chosen responses to rise most under
-TDPO1, less under DPO, least under TDPO2; docs/algorithms/tdpo.md has the numbers over five seeds.
+TDPO1, less under DPO, least under TDPO2. One seed of a miniature is noisy: two methods can change
+places.
 """
 
 import argparse
