@@ -69,5 +69,6 @@ def test_operator_tests_pass_on_the_installed_wheel(wheel, tmp_path):
     assert Path(found).is_relative_to(packages), found
     # the emulated kernels have run often enough, what is in question here is the wheel; and
     # inductor needs the compiler that this environment is not to have
-    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not emulated and not inductor"]
+    chosen = "not emulated and not inductor"
+    test = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     run([*test, tests / "ops"], cwd=elsewhere, env=environment)
