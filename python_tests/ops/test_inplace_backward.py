@@ -102,9 +102,13 @@ def test_two_operators_on_the_same_logits(backend, operator):
 @every_operator
 def test_without_a_backward_it_is_a_forward(backend, operator):
     leaf, reference, target = hidden(backend, operator, 3, 41)
+    expected = operator.call([leaf.detach(), *reference], target)
     with torch.no_grad():
-        operator.call([leaf, *reference], target, inplace_backward=True)
-    operator.call([leaf.detach(), *reference], target, inplace_backward=True)
+        unrecorded = operator.call([leaf, *reference], target, inplace_backward=True)
+    frozen = operator.call([leaf.detach(), *reference], target, inplace_backward=True)
+    for outputs in (unrecorded, frozen):
+        assert not any(output.requires_grad for output in outputs)
+        assert all(map(torch.equal, outputs, expected))
 
 
 @every_operator
