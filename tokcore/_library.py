@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,15 +70,37 @@ class use:
         _operators = self._previous
 
 
-def register(function: Callable[[str], None]) -> Callable[[str], None]:
-    """Decorator: runs ``function(namespace)`` for each namespace, loaded already or later.
+def register_operator(
+    name: str,
+    *,
+    fake: Callable,
+    fake_backward: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    written: int,
+) -> None:
+    """Registers all that is not native of ``name``, ``name_backward`` and ``name_backward_``.
 
-    An operator's file registers its fake kernels and formulas with it.
+    ``backward(operators, ctx, *grads)`` is the formula, with the operators of its namespace;
+    ``written`` is the position of the argument that ``name_backward_`` writes over. Runs for each
+    namespace, loaded already or later.
     """
-    _registrations.append(function)
+
+    def register(namespace: str) -> None:
+        formula = partial(backward, getattr(torch.ops, namespace))
+        forward = f"{namespace}::{name}"
+        torch.library.register_fake(forward, fake)
+        torch.library.register_autograd(forward, formula, setup_context=setup_context)
+        _register_vmap_over_rows(namespace, name)
+        torch.library.register_fake(f"{forward}_backward", fake_backward)
+        _refuse_double_backward(namespace, f"{name}_backward")
+        _register_vmap_over_rows(namespace, f"{name}_backward")
+        torch.library.register_fake(f"{forward}_backward_", lambda *arguments: None)
+        _register_mutation(namespace, f"{name}_backward_", written)
+
+    _registrations.append(register)
     for namespace in NAMESPACES:
-        function(namespace)
-    return function
+        register(namespace)
 
 
 def build_info() -> dict:
@@ -111,7 +134,7 @@ def build_info() -> dict:
     }
 
 
-def refuse_double_backward(namespace: str, name: str) -> None:
+def _refuse_double_backward(namespace: str, name: str) -> None:
     """A formula that raises: without one, a second derivative would be wrong in silence."""
 
     def raise_error(ctx, *grads):
@@ -120,7 +143,7 @@ def refuse_double_backward(namespace: str, name: str) -> None:
     torch.library.register_autograd(f"{namespace}::{name}", raise_error)
 
 
-def register_mutation(namespace: str, name: str, argument: int) -> None:
+def _register_mutation(namespace: str, name: str, argument: int) -> None:
     """Autograd kernel of an in-place backward: no derivative, and its argument's version goes up.
 
     torch.library.register_autograd takes functional operators only.
@@ -144,7 +167,7 @@ def register_mutation(namespace: str, name: str, argument: int) -> None:
     _implementations.append(library)
 
 
-def register_vmap_over_rows(namespace: str, name: str) -> None:
+def _register_vmap_over_rows(namespace: str, name: str) -> None:
     """vmap where all tensors begin with the rows "(...)": the batch is one more such dimension."""
     operator = getattr(getattr(torch.ops, namespace), name)
 

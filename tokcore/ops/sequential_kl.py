@@ -1,6 +1,5 @@
 """KL divergence of two next-token distributions at each position, from one read of both logits."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -224,15 +223,11 @@ def _backward(operators, ctx, *grads):
     return policy_grad, reference_grad, *(None,) * 8
 
 
-@_library.register
-def _register(namespace: str) -> None:
-    name = f"{namespace}::sequential_kl"
-    backward = partial(_backward, getattr(torch.ops, namespace))
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
-    _library.register_vmap_over_rows(namespace, "sequential_kl")
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    _library.refuse_double_backward(namespace, "sequential_kl_backward")
-    _library.register_vmap_over_rows(namespace, "sequential_kl_backward")
-    torch.library.register_fake(f"{name}_backward_", lambda *arguments: None)
-    _library.register_mutation(namespace, "sequential_kl_backward_", 5)
+_library.register_operator(
+    "sequential_kl",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    written=5,
+)

@@ -1,7 +1,5 @@
 """Log-probability of given tokens, and the entropy, from one read of the logits."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -156,15 +154,11 @@ def _backward(operators, ctx, grad_logprob, grad_entropy, grad_stats):
     return grad, *(None,) * 7
 
 
-@_library.register
-def _register(namespace: str) -> None:
-    name = f"{namespace}::token_logprob"
-    backward = partial(_backward, getattr(torch.ops, namespace))
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
-    _library.register_vmap_over_rows(namespace, "token_logprob")
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    _library.refuse_double_backward(namespace, "token_logprob_backward")
-    _library.register_vmap_over_rows(namespace, "token_logprob_backward")
-    torch.library.register_fake(f"{name}_backward_", lambda *arguments: None)
-    _library.register_mutation(namespace, "token_logprob_backward_", 2)
+_library.register_operator(
+    "token_logprob",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    written=2,
+)
