@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import bars, machine, measure
-from benchmarks.report import RESULTS
 from benchmarks.run import floor_runs
 from benchmarks.suite import DTYPES, FORWARD, MODELS, SHAPES, Call, Shape, suites
 
@@ -124,7 +123,7 @@ def parse(arguments):
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--perf", action="store_true", help="name the functions")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "limits.json")
+    parser.add_argument("--out", type=Path, help="limits.json of the device")
     parser.add_argument("--loop", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -145,9 +144,10 @@ def main(arguments=None):
             if options.perf:
                 row["functions"] = sample(name, shape, dtype, pass_name)
             rows.append(row)
+    out = options.out or machine.results_folder("cpu") / "limits.json"
     document = {"environment": machine.environment("cpu"), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
     print(table(rows))
 
 

@@ -4,12 +4,15 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
 import torch
 
 import tokcore
+
+RESULTS = Path(__file__).parent / "results"
 
 # Cores kept busy by other processes, or taken by the hypervisor, from which a median is not to be
 # trusted: on two cores one twentieth of the machine.
@@ -40,6 +43,15 @@ def last_level_cache_bytes():
         if (text := file.read_text().strip())[-1] in units
     ]
     return max(sizes, default=32 << 20)
+
+
+def results_folder(device):
+    """One for each GPU, and for each processor with the instruction set that ran."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name(0)
+    else:
+        name = f"{cpu_name()} {tokcore.build_info()['isa']}"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def environment(device):

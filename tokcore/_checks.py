@@ -5,7 +5,6 @@ check their tensors once more before they allocate; here is what they cannot see
 requires_grad, aliasing) and what a user should read before a compiler puts words around it.
 """
 
-import math
 import numbers
 import os
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Of a temperature or a softcap: beyond, it or its inverse leaves the range of float32.
+_LEAST, _MOST = 1e-30, 1e30
 
 
 def logits(operator: str, name: str, value: Tensor) -> None:
@@ -91,10 +92,11 @@ def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[flo
     _rows(operator, "temperature", value, like)
     rows = value.to(torch.float32)
     if _readable(rows) and (rows.device.type == "cpu" or _debug()):
-        bad = rows[~(torch.isfinite(rows) & (rows > 0))]
+        bad = rows[~((rows >= _LEAST) & (rows <= _MOST))]
         if bad.numel() > 0:
             raise ValueError(
-                f"{operator}: temperature must be finite and > 0 in every row, got {bad[0].item()}"
+                f"{operator}: temperature must be in [{_LEAST}, {_MOST}] in every row, got "
+                f"{bad[0].item()}"
             )
     return 1.0, rows
 
@@ -107,6 +109,8 @@ def softcap(operator: str, value: float | None) -> float:
 def integer(operator: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{operator}: {name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{operator}: {name} must fit into 64 bits, got {value}")
     return int(value)
 
 
@@ -170,8 +174,8 @@ def no_create_graph(operator: str) -> None:
 def _positive(operator: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{operator}: {name} must be finite and > 0, got {value}")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{operator}: {name} must be in [{_LEAST}, {_MOST}], got {value}")
     return float(value)
 
 
@@ -187,6 +191,8 @@ def _labels_in_range(operator: str, value: Tensor, size: int, ignore_index: int)
 def _tensor(operator: str, name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{operator}: {name} must be a dense tensor, got {value.layout}")
 
 
 def _same_device(operator: str, name: str, value: Tensor, like: Tensor) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokcore import _library
 from tokcore.ops import sequential_kl, token_logprob
 
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +38,7 @@ BOTH = [
     ({0: X.tolist()}, TypeError, "must be a torch.Tensor, got list"),
     ({0: torch.tensor(1.0)}, ValueError, r"V >= 1, got \(\)"),
     ({0: X[..., :0]}, ValueError, r"V >= 1, got \(2, 3, 0\)"),
+    ({0: X.to_sparse()}, TypeError, "must be a dense tensor, got torch.sparse_coo"),
     # target
     ({"target": TARGET.float()}, TypeError, "target must be int64 or int32, got torch.float32"),
     ({"target": TARGET.bool()}, TypeError, "target must be int64 or int32, got torch.bool"),
@@ -50,10 +52,12 @@ BOTH = [
     ({"target": TARGET[None]}, ValueError, r"target must have shape .*got \(1, 2, 3\)"),
     ({"target": TARGET.to("meta")}, ValueError, "target must be on the device .*cpu, got meta"),
     # temperature
-    ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
-    ({"temperature": -1}, ValueError, "temperature must be finite and > 0, got -1"),
-    ({"temperature": NAN}, ValueError, "temperature must be finite and > 0, got nan"),
-    ({"temperature": INF}, ValueError, "temperature must be finite and > 0, got inf"),
+    ({"temperature": 0.0}, ValueError, "temperature must be in .1e-30, 1e.30., got 0.0"),
+    ({"temperature": -1}, ValueError, "temperature must be in .1e-30, 1e.30., got -1"),
+    ({"temperature": NAN}, ValueError, "temperature must be in .1e-30, 1e.30., got nan"),
+    ({"temperature": INF}, ValueError, "temperature must be in .1e-30, 1e.30., got inf"),
+    ({"temperature": 1e300}, ValueError, "temperature must be in .1e-30, 1e.30., got 1e.300"),
+    ({"temperature": 1e-40}, ValueError, "temperature must be in .1e-30, 1e.30., got 1e-40"),
     ({"temperature": None}, TypeError, "temperature must be a number, got None"),
     ({"temperature": True}, TypeError, "temperature must be a number, got True"),
     ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
@@ -65,12 +69,13 @@ BOTH = [
     # ignore_index
     ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index must fit into 64 bits, got 9223372036854"),
     ({"ignore_index": True}, TypeError, "ignore_index must be an int, got True"),
 ]
 LOGPROB = [
-    ({"softcap": 0.0}, ValueError, "softcap must be finite and > 0, got 0.0"),
-    ({"softcap": -5.0}, ValueError, "softcap must be finite and > 0, got -5.0"),
-    ({"softcap": INF}, ValueError, "softcap must be finite and > 0, got inf"),
+    ({"softcap": 0.0}, ValueError, "softcap must be in .1e-30, 1e.30., got 0.0"),
+    ({"softcap": -5.0}, ValueError, "softcap must be in .1e-30, 1e.30., got -5.0"),
+    ({"softcap": INF}, ValueError, "softcap must be in .1e-30, 1e.30., got inf"),
     ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
     ({"target": TARGET[:, :2, None]}, ValueError, r"target must have shape .*got \(2, 2, 1\)"),
 ]
@@ -135,12 +140,12 @@ def test_named_errors(backend, operator, wrong, error, text):
 
 
 @every_operator
-@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF, 2.0**100])
 def test_values_of_a_temperature_tensor(backend, operator, bad, monkeypatch):
     """Looked at where it costs nothing, and under TOKCORE_DEBUG=1 everywhere."""
     monkeypatch.setenv("TOKCORE_DEBUG", "1")
     arguments = RIGHT[operator] | {"temperature": torch.tensor([[1.0, 1.0, bad]] * 2)}
-    text = f"temperature must be finite and > 0 in every row, got {bad}"
+    text = f"temperature must be in [1e-30, 1e+30] in every row, got {bad}"
     with pytest.raises(ValueError, match=re.escape(text)):
         operator(**on(backend.device, arguments))
 
@@ -171,3 +176,10 @@ def test_temperature_tensors_are_used_as_float32(backend, operator, dtype):
     temperature = torch.full((2, 3), 0.75, device=backend.device)
     want = operator(**arguments, temperature=temperature)[0]
     assert torch.equal(operator(**arguments, temperature=temperature.to(dtype))[0], want)
+
+
+@pytest.mark.parametrize("direction", [0, 4, -1])
+def test_a_direction_that_the_native_operator_does_not_know(backend, direction):
+    x = torch.zeros(2, 5, device=backend.device)
+    with pytest.raises(RuntimeError, match=f"direction must be 1 .*got {direction}"):
+        _library.native().sequential_kl(x, x, None, None, None, 1.0, -100, direction, False, False)

@@ -42,6 +42,8 @@ def one(backend, value):
         ([0.0, 100.0], 0, {"softcap": LN3}, -LN4, LN4 - 0.75 * LN3),  # tanh(100 / c) = 1
         ([0.0, INF], 0, {"softcap": LN3}, -LN4, LN4 - 0.75 * LN3),  # a finite logit then
         ([0.0, 100.0], 0, {"softcap": 2 * LN3, "temperature": 2.0}, -LN4, LN4 - 0.75 * LN3),
+        ([0.0, 9.0, -INF], 1, {"temperature": 1e30}, -LN2, LN2),  # the ends of what T may be
+        ([0.0, 9.0, -INF], 1, {"temperature": 1e-30}, 0.0, 0.0),
         ([0.0, 0.0, -INF], 0, {}, -LN2, LN2),  # as if the entry were not there
         ([0.0, 0.0, -INF], 2, {}, -INF, LN2),
         ([0.0, -INF, -INF], 0, {}, 0.0, 0.0),

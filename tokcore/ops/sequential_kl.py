@@ -54,8 +54,8 @@ def sequential_kl(
         reference_logits: the same shape, dtype and device.
         target: token ids (...), int64 or int32. Default None: divergences only.
         direction: "forward", "reverse" or "both". Default "forward".
-        temperature: T > 0, or a floating point tensor (...) of one for each row, used as float32.
-            Default 1.0.
+        temperature: T in [1e-30, 1e30], or a floating point tensor (...) of one for each row, used
+            as float32. Default 1.0.
         ignore_index: a row with this target is not read; all its outputs and gradients are 0.
             Default -100.
         mask: bool (...), True = keep; other rows are treated like ignored ones. Default None.

@@ -35,9 +35,9 @@ def token_logprob(
         logits: (..., V), float32, bfloat16, float16 or float64. Leading dimensions may have any
             strides; the last one is copied once unless it is contiguous.
         target: token ids, int64 or int32. (...) for one a row, or (..., K) for K a row.
-        temperature: T > 0, or a floating point tensor (...) of one for each row, used as float32.
-            Default 1.0.
-        softcap: c > 0, applied before the temperature. Default None: no softcap.
+        temperature: T in [1e-30, 1e30], or a floating point tensor (...) of one for each row, used
+            as float32. Default 1.0.
+        softcap: c in [1e-30, 1e30], applied before the temperature. Default None: no softcap.
         ignore_index: targets of this value get 0, and no gradient. A row of nothing else is not
             read. Default -100.
         return_entropy: also return the entropy of each row. Default False.
