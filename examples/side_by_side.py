@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-def side_by_side(title, runs, rounds=9):
+def side_by_side(title, runs, rounds):
     """Prints a line, and returns {name: {"ms": median, "mb": peak above what was held}}."""
     seconds = {name: [] for name in runs}
     for _ in range(rounds):  # in turn, so that a slow moment of the machine falls on all of them

@@ -83,12 +83,13 @@ def arguments():
 
 def miniature(args):
     """A model after supervised training, its tokenizer, rows to train on and rows held out."""
-    sentences, rows, held_out = documentation_pairs(args.seed, 400 if args.quick else None)
+    sentences, rows, held_out = documentation_pairs(args.seed, 300 if args.quick else None)
     tokenizer = train_tokenizer(sentences, VOCABULARY)
     eos, args.window = tokenizer.eos_token_id, WINDOW
     torch.manual_seed(args.seed)
     sizes = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
     sizes |= {"n_positions": WINDOW, "bos_token_id": eos, "eos_token_id": eos}
+    sizes["activation_function"] = "gelu_pytorch_tanh"  # GPT-2's own, as one kernel
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(DEVICE)
     texts = [torch.tensor([*ids[: WINDOW - 1], eos]) for ids in tokenizer(sentences)["input_ids"]]
     total = (2 if args.quick else SFT_EPOCHS) * (len(texts) // SFT_BATCH)
@@ -183,7 +184,6 @@ def evaluate(policy, reference, batches):
     ratio = m["rewards_eval/margins"] - m["kl_eval/margin"]  # m_c - m_r
     return {
         "accuracy": (ratio > 0).double().mean().item(),
-        "accuracy_with_kl": m["rewards_eval/accuracies"].mean().item(),  # the authors' for TDPO
         "kl_chosen": m["kl_eval/chosen"].mean().item(),
         "kl_rejected": m["kl_eval/rejected"].mean().item(),
         "margin": m["kl_eval/margin"].mean().abs().item(),
@@ -225,7 +225,7 @@ def plain_tdpo2(policy_logits, reference_logits, labels, *, alpha, beta):
     return -F.logsigmoid(beta * (m_c - m_r - alpha * (k_r - k_c.detach()))).mean(), {}
 
 
-def fused_and_plain(policy, reference, batch, **setting):
+def fused_and_plain(policy, reference, batch, rounds, **setting):
     """TDPO2 on one batch: the loss with its gradient alone, and a whole step without optimizer."""
     policy_logits, *constants = both_logits(policy, reference, batch)
     leaf = policy_logits.detach().requires_grad_()
@@ -239,10 +239,11 @@ def fused_and_plain(policy, reference, batch, **setting):
         loss(*both_logits(policy, reference, batch))[0].backward()
         policy.zero_grad()
 
-    return {
-        title: side_by_side(title, {name: partial(run, loss) for name, loss in losses.items()})
-        for title, run in (("TDPO2 loss and its gradient", gradient), ("with both models", step))
-    }
+    found = {}
+    for title, work in (("TDPO2 loss and its gradient", gradient), ("with both models", step)):
+        runs = {name: partial(work, loss) for name, loss in losses.items()}
+        found[title] = side_by_side(title, runs, rounds)
+    return found
 
 
 def plot(curves, file):
@@ -265,7 +266,7 @@ def main():
     args = arguments()
     model, tokenizer, rows, held_out = own(args) if args.model else miniature(args)
     reference, size = model.eval().requires_grad_(False), args.batch_size  # eval: no dropout
-    args.steps = args.steps or (len(rows) // size if args.model else 20 if args.quick else 150)
+    args.steps = args.steps or (len(rows) // size if args.model else 6 if args.quick else 150)
     args.every = args.every or max(1, args.steps // 6)
     print(f"{len(rows)} pairs to train on, {len(held_out)} held out; {args.steps} steps of {size}")
     batch = partial(batch_of, tokenizer=tokenizer, window=args.window)
@@ -290,11 +291,12 @@ def main():
     print("\nheld-out pairs  accuracy  KL chosen  KL rejected  distance  entropy of samples")
     print(f"{'before':14}{before:64.2f}")
     for name, curve in curves.items():
-        accuracy, _, *kl = [value for key, value in curve["history"][-1].items() if key != "step"]
+        accuracy, *kl = [value for key, value in curve["history"][-1].items() if key != "step"]
         numbers = "{:10.1%}{:11.2f}{:13.2f}{:10.2f}{:20.2f}".format(accuracy, *kl, curve["entropy"])
         print(f"{name:14}{numbers}")
     print()
-    costs = fused_and_plain(policy, reference, batch(rows[:size]), alpha=0.5, beta=args.beta)
+    setting = {"rounds": 2 if args.quick else 9, "alpha": 0.5, "beta": args.beta}
+    costs = fused_and_plain(policy, reference, batch(rows[:size]), **setting)
     args.output.mkdir(parents=True, exist_ok=True)
     plot(curves, args.output / "tdpo.png")
     result = {"settings": {key: str(value) for key, value in vars(args).items()}}
