@@ -47,7 +47,8 @@ def table(runs):
         cells = []
         for key in keys:
             values = [run["methods"][name][key] for run in runs]
-            cells.append(f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}")
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

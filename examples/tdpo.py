@@ -60,9 +60,9 @@ def arguments():
     add("--method", nargs="+", choices=("dpo", "tdpo1", "tdpo2"), help="default: all; own: tdpo2")
     add("--alpha", nargs="+", type=float, default=[0.5], help="of TDPO2, one run each")
     add("--beta", type=float, default=0.1)
-    add("--lr", type=float, help="default: 5e-4; own model: 5e-6")
+    add("--lr", type=float, help="default: 2e-4; own model: 5e-6")
     add("--steps", type=int, help="default: 150; own pairs: one epoch")
-    add("--batch-size", type=int, default=16, help="pairs a step")
+    add("--batch-size", type=int, default=8, help="pairs a step")
     add("--every", type=int, help="steps between evaluations (and checkpoints); default: a sixth")
     add("--model", help="folder or hub name of a causal language model")
     add("--data", type=Path, help="JSON lines of prompt, chosen, rejected; a tenth is held out")
@@ -73,7 +73,7 @@ def arguments():
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data belong together")
     args.method = args.method or (["tdpo2"] if args.model else ["dpo", "tdpo1", "tdpo2"])
-    args.lr = args.lr or (5e-6 if args.model else 5e-4)
+    args.lr = args.lr or (5e-6 if args.model else 2e-4)
     args.warmup = 150 if args.model else 10
     return args
 

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind an installed tokcore
 
-from benchmarks import bars, floors, measure, report, run  # noqa: E402
+from benchmarks import bars, floors, measure, report, run, study  # noqa: E402
 from benchmarks.baselines import sequential_kl as kl_baselines  # noqa: E402
 from benchmarks.baselines import tdpo as tdpo_baseline  # noqa: E402
 from benchmarks.baselines import token_logprob as logprob_baselines  # noqa: E402
@@ -334,3 +334,12 @@ def test_bars_widen_for_bf16():
 
 def test_effort():
     assert [run.FULL.rounds(seconds) for seconds in (0.01, 0.1, 2.0)] == [11, 8, 2]
+
+
+def test_study_table():
+    runs = [{"methods": {"dpo": {"step": 6, "accuracy": value}}} for value in (0.5, 0.7)]
+    assert study.table(runs).splitlines() == [
+        "| | accuracy |",
+        "| --- | --- |",
+        "| dpo | 0.6 ± 0.14 |",
+    ]
