@@ -196,6 +196,17 @@ def test_one_ignored_target_of_several(backend):
     assert torch.equal(torch.autograd.grad(want.sum(), logits)[0], logits.grad)
 
 
+def test_more_targets_than_threads(backend):
+    """A thread of a GPU's block then takes several, of a row that is ignored as well."""
+    logits = draw("normal", 2, 9).float().to(backend.device)
+    target = torch.arange(600, device=backend.device).remainder(9).expand(2, -1).clone()
+    target[1] = -100
+    want = logits.double().log_softmax(-1)[0, target[0]].float()
+    got = token_logprob(logits, target)
+    torch.testing.assert_close(got[0], want, rtol=1e-6, atol=1e-6)
+    assert (got[1] == 0).all()
+
+
 @every_operator
 @pytest.mark.parametrize("rows", [(0,), (2, 0), (0, 3)], ids=str)
 def test_no_rows(backend, operator, rows):
