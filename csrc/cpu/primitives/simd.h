@@ -232,9 +232,7 @@ TOKCORE_INLINE void stream2(Fp16* p, FloatVec a, FloatVec b) {
 TOKCORE_INLINE FloatVec round_even(FloatVec x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 // p * 2^n; scalef underflows to 0 by itself.
 constexpr float kExp2Floor = -150.0f;
-TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec) {
-  return {_mm512_scalef_ps(p.v, n.v)};
-}
+TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
 #elif defined(TOKCORE_ISA_AVX2)
 
@@ -323,37 +321,31 @@ TOKCORE_INLINE void stream2(Fp16* p, FloatVec a, FloatVec b) {
 TOKCORE_INLINE FloatVec round_even(FloatVec x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// p * 2^n through the exponent bits, 0 where x is at the floor (where the bits would leave the
-// normal range).
-constexpr float kExp2Floor = -125.5f;
-TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec x) {
+// p * 2^n through the exponent bits. At the floor p is 1 and its bits come out as 0; what NaN
+// converts to is shifted out, so that a NaN in p stays.
+constexpr float kExp2Floor = -127.0f;
+TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
-  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shifted));
-  // The unordered comparison keeps a NaN, whose bits the addition may have spoilt.
-  const __m256 keep = _mm256_cmp_ps(x.v, _mm256_set1_ps(kExp2Floor), _CMP_GT_OQ);
-  return {_mm256_or_ps(_mm256_and_ps(scaled, keep),
-                       _mm256_and_ps(x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)))};
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shifted))};
 }
 
 #else
 
 using FloatVec = Portable<float, int32_t>;
-constexpr float kExp2Floor = -125.5f;
+constexpr float kExp2Floor = -127.0f;
 // Without SSE4 rounding is a library call; adding and subtracting 1.5 * 2^23 rounds what is below
 // 2^22.
 TOKCORE_INLINE FloatVec round_even(FloatVec x) {
   const FloatVec magic = FloatVec::all(0x1.8p23f);
   return (x + magic) - magic;
 }
-TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n, FloatVec x) {
+// As on AVX2.
+TOKCORE_INLINE FloatVec scale2(FloatVec p, FloatVec n) {
   FloatVec::Mask bits;
-  const FloatVec::Mask shifted = __builtin_convertvector(n.v, FloatVec::Mask) << 23;
   std::memcpy(&bits, &p.v, sizeof bits);
-  bits += shifted;
-  FloatVec scaled;
-  std::memcpy(&scaled.v, &bits, sizeof bits);
-  const FloatVec kept = select(FloatVec::all(kExp2Floor) < x, scaled, FloatVec::all(0));
-  return select(FloatVec::Mask(x.v != x.v), x, kept);
+  bits += __builtin_convertvector(n.v, FloatVec::Mask) << 23;
+  std::memcpy(&p.v, &bits, sizeof bits);
+  return p;
 }
 
 #endif
@@ -413,9 +405,9 @@ TOKCORE_INLINE void drain_streams() {
 // ---- exponential
 // -----------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 or moderate: 0 from about -126 down (-150 with scalef), -inf included, NaN for
-// NaN, relative error <= 1.6e-7, and exactly 1 at 0. The polynomial is the minimax of degree 5 on
-// [-1/2, 1/2] with the constant fixed at 1 (error 9.2e-8).
+// 2^x for x <= 0 or moderate: 0 from -127 down (-150 with scalef), -inf included, NaN for NaN,
+// relative error <= 1.6e-7 (below -126 an error of 2^-127 instead), and exactly 1 at 0. The
+// polynomial is the minimax of degree 5 on [-1/2, 1/2] with the constant fixed at 1 (error 9.2e-8).
 TOKCORE_INLINE FloatVec exp2(FloatVec x) {
   const FloatVec t = max_or_nan(x, FloatVec::all(kExp2Floor));
   const FloatVec n = round_even(t);
@@ -426,7 +418,7 @@ TOKCORE_INLINE FloatVec exp2(FloatVec x) {
   p = fma(p, f, FloatVec::all(0x1.ebf9bcp-3f));
   p = fma(p, f, FloatVec::all(0x1.62e42ap-1f));
   p = fma(p, f, FloatVec::all(1.0f));
-  return scale2(p, n, t);
+  return scale2(p, n);
 }
 TOKCORE_INLINE DoubleVec exp2(DoubleVec x) {
   for (int i = 0; i < DoubleVec::kWidth; ++i) x.v[i] = __builtin_exp2(x.v[i]);
