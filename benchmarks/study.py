@@ -57,21 +57,23 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("example", choices=sorted(p.stem for p in EXAMPLES.glob("*.py")))
+    parser.add_argument("example", help="its name under examples/, without .py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--table", action="store_true", help="do not run, print")
     parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the example")
-    options = parser.parse_args(arguments)
+    parser.epilog = "What stands behind -- goes to the example."
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, flags = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = options.out or machine.results_folder(device) / f"study_{options.example}.json"
     if not options.table:
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = list(
-                pool.map(lambda seed: run_seed(options.example, seed, options.flags), options.seeds)
+                pool.map(lambda seed: run_seed(options.example, seed, flags), options.seeds)
             )
-        document = {"example": options.example, "flags": options.flags, "runs": runs}
+        document = {"example": options.example, "flags": flags, "runs": runs}
         document["environment"] = machine.environment(device)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(document, indent=1) + "\n")

@@ -16,6 +16,8 @@ from accuracy import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokcore.ops import sequential_kl
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -157,6 +159,22 @@ def test_only_one_of_the_logits_requires_grad(backend, side):
     logits[side].requires_grad_()
     values = SEQUENTIAL_KL.call(logits, target)
     assert torch.equal(gradients(values, [logits[side]], upstream)[0], expected)
+
+
+@pytest.mark.parametrize("unread", ["policy", "reference"])
+def test_a_side_that_the_gradient_does_not_need(backend, unread):
+    """TDPO1 (KL and log-probability with one weight) leaves 1_y - q, the log-probability alone
+    1_y - p; the other side's logits, here far below 0, have no say."""
+    (policy, reference), target = inputs(backend, SEQUENTIAL_KL, torch.float32, (5,), 67)
+    target = target.clamp(min=0)
+    read = reference if unread == "policy" else policy
+    want = torch.nn.functional.one_hot(target, 67) - read.double().softmax(-1)
+    policy, reference = policy - 1000 * (unread == "policy"), reference - 1000 * (read is policy)
+    leaf = policy.requires_grad_()
+    values = sequential_kl(leaf, reference, target)
+    loss = values.policy_logprob + (values.kl if unread == "policy" else 0)
+    (got,) = torch.autograd.grad(loss.sum(), leaf)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
 @every_operator
