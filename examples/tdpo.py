@@ -217,12 +217,12 @@ def plain_tdpo2(policy_logits, reference_logits, labels, *, alpha, beta):
     return -F.logsigmoid(beta * (m_c - m_r - alpha * (k_r - k_c.detach()))).mean(), {}
 
 
-def fused_and_plain(policy, reference, batch, rounds, **setting):
+def fused_and_plain(policy, reference, batch, args):
     """TDPO2 on one batch: the loss with its gradient alone, and a whole step without optimizer."""
     policy_logits, *constants = both_logits(policy, reference, batch)
     leaf = policy_logits.detach().requires_grad_()
-    losses = {"fused": partial(tdpo_loss, variant="tdpo2", **setting)}
-    losses["plain"] = partial(plain_tdpo2, **setting)
+    losses = {"fused": partial(tdpo_loss, variant="tdpo2", alpha=0.5, beta=args.beta)}
+    losses["plain"] = partial(plain_tdpo2, alpha=0.5, beta=args.beta)
 
     def gradient(loss):
         torch.autograd.grad(loss(leaf, *constants)[0], leaf)
@@ -234,7 +234,7 @@ def fused_and_plain(policy, reference, batch, rounds, **setting):
     found = {}
     for title, work in (("TDPO2 loss and its gradient", gradient), ("with both models", step)):
         runs = {name: partial(work, loss) for name, loss in losses.items()}
-        found[title] = side_by_side(title, runs, rounds)
+        found[title] = side_by_side(title, runs, rounds=2 if args.quick else 9)
     return found
 
 
@@ -287,8 +287,7 @@ def main():
         numbers = "{:10.1%}{:11.2f}{:13.2f}{:10.2f}{:20.2f}".format(accuracy, *kl, curve["entropy"])
         print(f"{name:14}{numbers}")
     print()
-    setting = {"rounds": 2 if args.quick else 9, "alpha": 0.5, "beta": args.beta}
-    costs = fused_and_plain(policy, reference, batch(rows[:size]), **setting)
+    costs = fused_and_plain(policy, reference, batch(rows[:size]), args)
     args.output.mkdir(parents=True, exist_ok=True)
     plot(curves, args.output / "tdpo.png")
     result = {"settings": {key: str(value) for key, value in vars(args).items()}}
