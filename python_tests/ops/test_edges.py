@@ -185,6 +185,22 @@ def test_masked_rows_of_the_kl(backend):
         assert torch.equal(got, torch.cat([want, torch.zeros_like(got[1:])]))
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+def test_rows_without_statistics_and_without_a_target(backend, direction):
+    """A dropped row and one without a finite logit write the outputs that there are, no others."""
+    policy, reference = (draw("normal", 3, 9, seed=s).float().to(backend.device) for s in (0, 1))
+    policy[2] = -INF
+    mask = torch.tensor([True, False, True], device=backend.device)
+    got = sequential_kl(policy, reference, mask=mask, direction=direction)
+    want = sequential_kl(policy[:1], reference[:1], direction=direction)
+    assert got.policy_logprob is None
+    assert got.reference_logprob is None
+    for value, first in ((got.kl, want.kl), (got.reverse_kl, want.reverse_kl)):
+        if value is not None:
+            assert torch.equal(value[:2], torch.stack([first[0], torch.zeros_like(first[0])]))
+            assert value[2].isnan()
+
+
 def test_one_ignored_target_of_several(backend):
     logits = draw("normal", 2, 9).float().to(backend.device).requires_grad_()
     target = torch.tensor([[3, -100, 4], [-100, -100, -100]], device=backend.device)
