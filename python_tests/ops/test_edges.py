@@ -185,6 +185,39 @@ def test_masked_rows_of_the_kl(backend):
         assert torch.equal(got, torch.cat([want, torch.zeros_like(got[1:])]))
 
 
+@every_operator
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+def test_a_row_whose_upstream_is_zero_is_not_read(backend, operator, junk):
+    logits = [
+        draw("normal", 2, 37, seed=s).float().to(backend.device) for s in range(operator.logits)
+    ]
+    for x in logits:
+        x[1] = junk
+    leaf = leaves(logits)
+    values = operator.call(leaf, torch.tensor([3, 4], device=backend.device))
+    upstream = [torch.tensor([1.0, 0.0], device=backend.device)] * len(values)
+    for grad in gradients(values, leaf, upstream):
+        assert (grad[1] == 0).all()
+        assert grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("direction", "side"), [("reverse", 0), ("forward", 1)])
+def test_gradients_of_a_finite_kl_where_one_side_has_no_mass(backend, direction, side):
+    """The weighting side is -inf where the other is finite: a term of 0, and finite gradients."""
+    logits = [draw("normal", 2, 37, seed=s).float().to(backend.device) for s in range(2)]
+    logits[side][:, 5] = -INF
+    leaf = leaves(logits)
+    got = torch.autograd.grad(sequential_kl(*leaf, direction=direction).kl.sum(), leaf)
+    weighting, other = leaves([logits[side], logits[1 - side]], torch.float64)
+    w = weighting.softmax(-1)
+    kept = w > 0
+    ratio = torch.where(kept, w.log() - other.log_softmax(-1), 0.0)
+    mean = (w * ratio).sum(-1, keepdim=True)
+    want = [(w * (ratio - mean)).detach(), (other.softmax(-1) - w).detach()]
+    for grad, true in zip(got, want if side == 0 else want[::-1], strict=True):
+        torch.testing.assert_close(grad.double(), true, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 def test_rows_without_statistics_and_without_a_target(backend, direction):
     """A dropped row and one without a finite logit write the outputs that there are, no others."""
