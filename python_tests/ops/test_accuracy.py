@@ -159,6 +159,12 @@ def test_only_one_of_the_logits_requires_grad(backend, side):
     logits[side].requires_grad_()
     values = SEQUENTIAL_KL.call(logits, target)
     assert torch.equal(gradients(values, [logits[side]], upstream)[0], expected)
+    for chosen in range(SEQUENTIAL_KL.values):  # what is read depends on what is asked for
+        one = SEQUENTIAL_KL.call(both, target)[chosen], SEQUENTIAL_KL.call(logits, target)[chosen]
+        if one[1].requires_grad:
+            expected = gradients(one[:1], both, upstream[chosen : chosen + 1])[side]
+            (got,) = gradients(one[1:], [logits[side]], upstream[chosen : chosen + 1])
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("unread", ["policy", "reference"])
