@@ -44,6 +44,7 @@ MESSAGES = {  # case: what the report has to say beside the launch, the block an
     "vote_without_caller": r"__ballot_sync in vote_without_caller.* does not name the calling lane",
     "mixed_collectives": r"in mixed_collectives.* while lanes of it wait at __a(ny|ll)_sync",
     "misaligned_load": r"load16 4 bytes past a multiple of 16, in misaligned_load",
+    "pack_index": r"entry 4 of a pack of 4",
     "misaligned_shared_store": r"store16_shared 8 bytes past .* in misaligned_shared_store",
     "uninitialised_shared": r"element 3 of .*'partials' of .*is used uninitialised",
     "left_by_another_block": r"'tile' of left_by_another_block is used uninitialised",

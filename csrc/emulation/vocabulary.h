@@ -156,6 +156,12 @@ inline int __all_sync(unsigned mask, int predicate,
 
 namespace emulation {
 
+// A pack lives in registers: past its end there is no memory that a sanitizer would watch.
+inline void check_pack_index(int i, int size) {
+  if (i < 0 || i >= size)
+    fail("entry " + std::to_string(i) + " of a pack of " + std::to_string(size));
+}
+
 inline void check_alignment(const void* p, const char* what, const Site& site) {
   const uintptr_t past = reinterpret_cast<uintptr_t>(p) % 16;
   if (past != 0)

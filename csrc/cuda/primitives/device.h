@@ -81,8 +81,15 @@ struct alignas(16) Pack {
   static_assert(16 % sizeof(T) == 0, "a pack is a whole number of elements");
   static constexpr int kSize = 16 / sizeof(T);
   T values[kSize];
-  __device__ __forceinline__ T& operator[](int i) { return values[i]; }
-  __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+  __device__ __forceinline__ T& operator[](int i) { return values[checked(i)]; }
+  __device__ __forceinline__ const T& operator[](int i) const { return values[checked(i)]; }
+
+  __device__ __forceinline__ static int checked(int i) {
+#if defined(TOKCORE_EMULATED)
+    emulation::check_pack_index(i, kSize);
+#endif
+    return i;
+  }
 };
 
 #if defined(__CUDACC__)

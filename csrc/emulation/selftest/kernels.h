@@ -299,6 +299,14 @@ __global__ void syncwarp_of_half(Params p) {
   p.out[thread_in_grid()] = tile[t ^ (kBug ? 31 : 15)];
 }
 
+// An index one past a pack.
+template <bool kBug>
+__global__ void pack_index(Params p) {
+  Pack<float> pack = load16(p.in);
+  for (int i = 0; i < Pack<float>::kSize + kBug; ++i) pack[i] = 1.0f;
+  p.out[thread_in_grid()] = pack[0];
+}
+
 // Reads one element more than there are: for AddressSanitizer to see.
 __global__ void read_past_end(Params p) { p.out[thread_in_grid()] = p.in[kValues]; }
 

@@ -69,6 +69,7 @@ const Case kCases[] = {
     {CASE(mixed_collectives), [](int) { return 1.0f; }},
     {CASE(misaligned_load), [](int) { return 4.0f + 7.0f; }},
     {CASE(misaligned_shared_store), same},
+    {CASE(pack_index), [](int) { return 1.0f; }},
     {CASE(uninitialised_shared), [](int) { return 0.0f + 1.0f + 2.0f; }},
     {CASE(left_by_another_block), same},
     {CASE(missing_syncwarp), [](int t) { return same(t ^ 1); }},
