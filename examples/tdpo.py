@@ -1,6 +1,6 @@
 """TDPO against DPO on real text: supervised training, then the preference losses from one start.
 
-    python examples/tdpo.py                                   # two to six minutes on two cores
+    python examples/tdpo.py                                   # some minutes on two cores
     python examples/tdpo.py --quick                           # seconds: does everything run?
     python examples/tdpo.py --alpha 0.1 0.3 0.5 0.7 --seed 3  # TDPO2 at several alphas
     python examples/tdpo.py --model DIR_OR_ID --data pairs.jsonl [--resume]      # your own, TDPO2
