@@ -269,7 +269,10 @@ class Build:
             )
         except subprocess.TimeoutExpired:
             return "timed out"
-        return result.stdout[-2000:] + result.stderr[-2000:] if result.returncode else None
+        if result.returncode == 0:
+            return None
+        # A sanitizer ends the process with its text still in pytest's capture: nothing is printed.
+        return f"exit status {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
 
 
 class Worker:
