@@ -6,8 +6,9 @@
 For each shape, dtype and pass, milliseconds of
     floor        the same bytes read (and written) by loops that do nothing else
     exponentials as many as the operator must take, from the first-level cache on all threads
-    resident     the operator on rows that stay in the last-level cache, scaled to all rows: its
-                 arithmetic and its instructions, without memory
+    resident     the operator on rows that stay in the last-level cache, by one thread, scaled to
+                 all rows and threads: its arithmetic and its instructions, without memory and
+                 without the wait for a second thread, which would be most of so short a call
     cold         the operator itself, in place where there is a gradient, caches empty
 Where `resident` is near `cold`, instructions are the limit and not memory; where it is near
 `exponentials` as well, only a cheaper exponential helps. --perf samples the operator, there with a
@@ -42,9 +43,9 @@ def _calls(suite, shape, dtype, pass_name, clock):
 
 
 def _resident_shape(shape, suite, dtype):
-    """As many rows as fill a quarter of the last-level cache, at least one for each thread."""
+    """As many rows as fill a quarter of the last-level cache, at least one."""
     row = shape.vocabulary * dtype.itemsize * suite.streams
-    rows = max(torch.get_num_threads(), machine.last_level_cache_bytes() // 4 // row)
+    rows = max(1, machine.last_level_cache_bytes() // 4 // row)
     return Shape(shape.name, min(rows, shape.rows), shape.vocabulary, 1)
 
 
@@ -58,9 +59,12 @@ def profile(clock, suite, shape, dtype, pass_name):
         small = _resident_shape(shape, suite, dtype)
         _, call = _calls(suite, small, dtype, pass_name, clock)
         samples["resident"] = []
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for _ in range(ROUNDS):
             call.prepare()
-            samples["resident"].append(clock.time(call) * shape.rows / small.rows)
+            samples["resident"].append(clock.time(call) * shape.rows / small.rows / threads)
+        torch.set_num_threads(threads)
     row = {name: measure.summary(seconds)["ms"] for name, seconds in samples.items()}
     sweeps = 1 if pass_name == FORWARD else 2
     count = sweeps * suite.streams * inputs[0].numel()

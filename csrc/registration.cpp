@@ -55,4 +55,32 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "reference_logits, "
       "Tensor? target, Tensor? mask, Tensor kl, Tensor reverse_kl, Tensor entropy, Tensor stats, "
       "Tensor? row_temperature, float temperature, int ignore_index) -> ()");
+
+  // policy_loss: the loss () of tokens (B, T), or (total,) packed with cu_seqlens (B + 1,), under
+  // the rules that follow, with metrics (10,), and its gradients by logprob and entropy but for the
+  // two factors `scales` (2,), which are known only when all rows are. Numbers of the rules:
+  // common/policy.h; infinity is no bound.
+  m.def(
+      "policy_loss(Tensor logprob, Tensor advantages, Tensor? old_logprob, Tensor? "
+      "reference_logprob, Tensor? sampler_logprob, Tensor? importance_ratio, Tensor? entropy, "
+      "Tensor? mask, Tensor? cu_seqlens, Tensor? entropy_threshold, Tensor? normalizer, "
+      "int surrogate, int level, int kl, int aggregation, int importance, bool mask_importance, "
+      "bool row_advantages, bool corrected_kl, bool count_empty, bool trl_padding, "
+      "float parameter0, float parameter1, float parameter2, float parameter3, "
+      "float log_ratio_limit, float kl_coefficient, float kl_log_limit, float kl_limit, "
+      "float off_policy_threshold, float least_importance, float most_importance, "
+      "float entropy_coefficient, float accumulation, float length, bool logprob_needs_grad, "
+      "bool entropy_needs_grad) -> (Tensor loss, Tensor metrics, Tensor logprob_gradient, "
+      "Tensor entropy_gradient, Tensor scales)");
+  m.def(
+      "policy_loss_backward(Tensor grad_loss, Tensor logprob_gradient, Tensor entropy_gradient, "
+      "Tensor scales) -> (Tensor grad_logprob, Tensor grad_entropy)");
+
+  // group_advantage: each reward (B,) against the rewards of its group: runs of equal `group` (B,)
+  // in the order `order` (B,), or `group_size` rows in a row. Numbers of the rules:
+  // common/advantage.h. mean and deviation (B,) of each row's group on request.
+  m.def(
+      "group_advantage(Tensor rewards, Tensor? group, Tensor? order, Tensor? weights, "
+      "int group_size, int center, int scale, int ddof, int singleton, float eps, bool contiguous, "
+      "bool infinite_unscored, bool with_statistics) -> (Tensor advantage, Tensor mean, Tensor deviation)");
 }

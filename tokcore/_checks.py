@@ -5,6 +5,7 @@ check their tensors once more before they allocate; here is what they cannot see
 requires_grad, aliasing) and what a user should read before a compiler puts words around it.
 """
 
+import math
 import numbers
 import os
 
@@ -18,7 +19,7 @@ _LEAST, _MOST = 1e-30, 1e30
 
 
 def logits(operator: str, name: str, value: Tensor) -> None:
-    _tensor(operator, name, value)
+    tensor(operator, name, value)
     if value.dtype not in _FLOATS:
         raise TypeError(
             f"{operator}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}"
@@ -51,7 +52,7 @@ def same_vocabulary(operator: str, policy: Tensor, reference: Tensor) -> None:
 
 
 def target(operator: str, value: Tensor, like: Tensor, ignore_index: int, *, several: bool) -> None:
-    _tensor(operator, "target", value)
+    tensor(operator, "target", value)
     if value.requires_grad:
         raise ValueError(
             f"{operator}: target must not require grad: it holds token ids, got {value.dtype}"
@@ -68,12 +69,12 @@ def target(operator: str, value: Tensor, like: Tensor, ignore_index: int, *, sev
             f"{operator}: target must have shape {rule} for logits (..., V) = {_shape(like)} "
             f"(nothing is broadcast), got {_shape(value)}"
         )
-    if _debug() and _readable(value):
+    if _debug() and readable(value):
         _labels_in_range(operator, value, like.shape[-1], ignore_index)
 
 
 def mask(operator: str, value: Tensor, like: Tensor) -> None:
-    _tensor(operator, "mask", value)
+    tensor(operator, "mask", value)
     if value.dtype != torch.bool:
         raise TypeError(f"{operator}: mask must be bool (True = keep), got {value.dtype}")
     _same_device(operator, "mask", value, like)
@@ -91,7 +92,7 @@ def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[flo
     _same_device(operator, "temperature", value, like)
     _rows(operator, "temperature", value, like)
     rows = value.to(torch.float32)
-    if _readable(rows) and (rows.device.type == "cpu" or _debug()):
+    if readable(rows) and (rows.device.type == "cpu" or _debug()):
         bad = rows[~((rows >= _LEAST) & (rows <= _MOST))]
         if bad.numel() > 0:
             raise ValueError(
@@ -104,6 +105,27 @@ def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[flo
 def softcap(operator: str, value: float | None) -> float:
     """The softcap as the native operators take it: 0 is none."""
     return 0.0 if value is None else _positive(operator, "softcap", value)
+
+
+def floating(operator: str, name: str, value: Tensor) -> None:
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{operator}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}"
+        )
+
+
+def constant(operator: str, name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{operator}: {name} must not require grad: it is a constant of the loss; detach it"
+        )
+
+
+def number(operator: str, name: str, value: float, *, least: float, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
+    if not least <= value <= most or (math.isinf(value) and most == math.inf):
+        raise ValueError(f"{operator}: {name} must be in [{least}, {most}], finite, got {value}")
 
 
 def integer(operator: str, name: str, value: int) -> int:
@@ -188,7 +210,7 @@ def _labels_in_range(operator: str, value: Tensor, size: int, ignore_index: int)
         )
 
 
-def _tensor(operator: str, name: str, value: Tensor) -> None:
+def tensor(operator: str, name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{operator}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -236,7 +258,7 @@ def _debug() -> bool:
     return os.environ.get("TOKCORE_DEBUG", "0") not in ("", "0")
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """Whether Python may look at the values: not in a trace, in torch.func or on meta."""
     return not (
         torch.compiler.is_compiling()

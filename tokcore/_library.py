@@ -74,29 +74,36 @@ def register_operator(
     name: str,
     *,
     fake: Callable,
-    fake_backward: Callable,
-    setup_context: Callable,
-    backward: Callable,
-    written: int,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    fake_backward: Callable | None = None,
+    written: int | None = None,
+    over_rows: bool = True,
 ) -> None:
     """Registers all that is not native of ``name``, ``name_backward`` and ``name_backward_``.
 
-    ``backward(operators, ctx, *grads)`` is the formula, with the operators of its namespace;
-    ``written`` is the position of the argument that ``name_backward_`` writes over. Runs for each
-    namespace, loaded already or later.
+    ``backward(operators, ctx, *grads)`` is the formula, with the operators of its namespace, or
+    None where nothing is differentiable; ``written`` is the position of the argument that
+    ``name_backward_`` writes over, None without one; ``over_rows``: all tensors begin with the
+    rows, so that vmap is one dimension more. Runs for each namespace, loaded already or later.
     """
 
     def register(namespace: str) -> None:
-        formula = partial(backward, getattr(torch.ops, namespace))
         forward = f"{namespace}::{name}"
+        vmap = _register_vmap_over_rows if over_rows else _refuse_vmap
         torch.library.register_fake(forward, fake)
+        vmap(namespace, name)
+        if backward is None:
+            _refuse_double_backward(namespace, name)
+            return
+        formula = partial(backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(forward, formula, setup_context=setup_context)
-        _register_vmap_over_rows(namespace, name)
         torch.library.register_fake(f"{forward}_backward", fake_backward)
         _refuse_double_backward(namespace, f"{name}_backward")
-        _register_vmap_over_rows(namespace, f"{name}_backward")
-        torch.library.register_fake(f"{forward}_backward_", lambda *arguments: None)
-        _register_mutation(namespace, f"{name}_backward_", written)
+        vmap(namespace, f"{name}_backward")
+        if written is not None:
+            torch.library.register_fake(f"{forward}_backward_", lambda *arguments: None)
+            _register_mutation(namespace, f"{name}_backward_", written)
 
     _registrations.append(register)
     for namespace in NAMESPACES:
@@ -158,13 +165,20 @@ def _register_mutation(namespace: str, name: str, argument: int) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def refuse(info, in_dims, *args):
-        raise NotImplementedError(f"{name}: writes over its input, which torch.vmap cannot batch")
-
     library = torch.library.Library(namespace, "IMPL")
     library.impl(name, mutate, "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"{namespace}::{name}", refuse)
+    _refuse_vmap(namespace, name)
     _implementations.append(library)
+
+
+def _refuse_vmap(namespace: str, name: str) -> None:
+    def refuse(info, in_dims, *args):
+        raise NotImplementedError(
+            f"{name}: cannot be batched by torch.vmap (it writes over its input, or ties its rows "
+            "to each other)"
+        )
+
+    torch.library.register_vmap(f"{namespace}::{name}", refuse)
 
 
 def _register_vmap_over_rows(namespace: str, name: str) -> None:

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/fields.h"
 #include "common/online_softmax.h"
 #include "cuda/primitives/device.h"
 
@@ -61,6 +62,34 @@ __device__ __forceinline__ State<acc_t> block_merge(State<acc_t> state, acc_t sc
   // them.
   __syncthreads();
   return State<acc_t>(of_block[0]);
+}
+
+// The sum over all threads of a struct of doubles, field by field, in every thread.
+template <typename Sums>
+__device__ __forceinline__ Sums block_sum(Sums sums) {
+  constexpr int kWords = kFields<Sums>;
+  TOKCORE_SHARED(double, of_warps, kMaxWarps* kWords);
+  const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
+  const int warps = blockDim.x / kWarpThreads;
+  double words[kWords];
+  memcpy(words, &sums, sizeof sums);
+  for (int delta = kWarpThreads / 2; delta > 0; delta /= 2) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] += __shfl_down_sync(kWholeWarp, words[i], delta);
+  }
+  // Everyone has read the sums before these.
+  __syncthreads();
+  if (lane == 0) {
+    for (int i = 0; i < kWords; ++i) of_warps[warp * kWords + i] = words[i];
+  }
+  // The sums of all warps are written.
+  __syncthreads();
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = 0;
+    for (int w = 0; w < warps; ++w) words[i] += of_warps[w * kWords + i];
+  }
+  memcpy(static_cast<void*>(&sums), words, sizeof sums);
+  return sums;
 }
 
 }  // namespace
