@@ -36,7 +36,7 @@ demo: build
 	$(python) examples/tdpo.py $(DEMO_FLAGS)
 
 test: build
-	$(python) -m pytest $(TEST_FLAGS)
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TEST_FLAGS)
 
 bench: build
 	$(python) -m benchmarks.report $(BENCH_FLAGS)

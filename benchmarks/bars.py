@@ -25,6 +25,11 @@ EAGER = {DEFAULT: 5.0, HUGE: 2.5}  # than the fastest plain torch of the same ac
 AUTHORS = 8.0  # than the authors' TDPO formula
 SPARE_MB = 1.0  # above the inputs, and the gradient where there is a fresh one
 TDPO_LOGITS = 0.52  # of one float32 logits tensor, bf16 inputs
+POLICY = 1.15  # of the time that token_logprob takes of it
+YARDSTICKS = {TOKCORE: "token_logprob", IN_PLACE: "token_logprob, in place"}
+ADVANTAGES = ("group_advantage", "group_advantage_runs", "group_advantage_ids")
+READS = {"group_advantage": 3.0, "group_advantage_runs": 3.0}  # of one read of the inputs,
+READ_ROWS = 10**7  # of this many rewards
 COPY = 0.85  # of a device copy's bandwidth, from this vocabulary on
 COPY_VOCABULARY = 32768
 LEVEL = 0.95  # "level" with the best other kernel: within the spread of medians
@@ -88,6 +93,9 @@ class _Check:
         )
 
     def floor(self):
+        if self._suite in READS and self._group["rows"] == READ_ROWS:
+            ratio = self._variants[TOKCORE]["floor_ratio"]
+            self._add("reads of its inputs", ratio, "<=", READS[self._suite])
         limits = FLOOR.get((self._suite, self._dtype))
         if limits is None:
             return
@@ -111,12 +119,21 @@ class _Check:
         if (eager := self._fastest("eager")) is not None:
             if self._suite == "tdpo":
                 self._add("faster than the authors' TDPO", eager / ours, ">=", AUTHORS)
+            elif self._suite in ADVANTAGES:
+                self._add("faster than vectorised torch", eager / ours, ">=", 1.0)
             else:
                 self._add("faster than plain torch", eager / ours, ">=", EAGER[self._allocator])
+
+        for name, part in YARDSTICKS.items():
+            if part in self._variants:
+                ratio = self._variants[name]["ms"] / self._variants[part]["ms"]
+                self._add(f"{name}, over token_logprob", ratio, "<=", POLICY)
 
     def memory(self):
         if self._allocator != DEFAULT:
             return  # a peak in pages of 2 MB says nothing about 1 MB
+        if self._suite in ADVANTAGES:
+            return  # a few bytes a reward, the result among them
         peak, gradient = self._variants[TOKCORE]["peak_mb"], self._group["gradient_mb"]
         if self._suite == "tdpo":
             if self._dtype == "bfloat16":

@@ -80,13 +80,11 @@ def pytest_generate_tests(metafunc):
     device = metafunc.config.getoption("--bench-device")
     cases = []
     for suite in metafunc.module.SUITES:
-        for shape in metafunc.config.getoption("--bench-shapes"):
-            for dtype in DTYPES:
-                for pass_name in suite.passes:
-                    group = (suite, shape, dtype, pass_name, device)
-                    names = ["floor" if device == "cpu" else "device copy"]
-                    for variant in suite.variants(DTYPES[dtype], _clock(device).device):
-                        if not (variant.overwrites and pass_name == FORWARD):
-                            names.append(variant.name)
-                    cases += [Case(*group, name) for name in names]
+        shapes = metafunc.config.getoption("--bench-shapes")
+        for shape, dtype, pass_name in suite.groups(shapes, DTYPES):
+            names = ["floor" if device == "cpu" else "device copy"]
+            for variant in suite.variants(DTYPES[dtype], _clock(device).device):
+                if not (variant.overwrites and pass_name == FORWARD):
+                    names.append(variant.name)
+            cases += [Case(suite, shape, dtype, pass_name, device, name) for name in names]
     metafunc.parametrize("case", cases, ids=[case.id for case in cases])

@@ -56,12 +56,17 @@ def _fastest(group, kind):
     return min(rows, key=lambda row: row["ms"], default=None)
 
 
+def _ms(value, places):
+    """Four places for what takes microseconds."""
+    return f"{value:.{places if value >= 1 else 4}f}"
+
+
 def _speed_cells(group, name):
     """ms, GB/s, ratio to the floor, how many times faster than torch.compile and plain torch."""
     row = (group or {"variants": {}})["variants"].get(name)
     if row is None:
         return [""] * len(COLUMNS[1])
-    cells = [f"{row['ms']:.1f}", f"{row['gb_s']:.0f}", f"{row['floor_ratio']:.2f}"]
+    cells = [_ms(row["ms"], 1), f"{row['gb_s']:.0f}", f"{row['floor_ratio']:.2f}"]
     for kind in ("compile", "eager"):
         other = _fastest(group, kind)
         cells.append(f"{other['ms'] / row['ms']:.1f}x" if other else "")
@@ -108,8 +113,8 @@ def group_table(group):
             lines.append([name, row["error"]] + [""] * 6)
             continue
         peak, first = row.get("peak_mb"), row.get("first_call_s")
-        cells = [f"{row['ms']:.2f}", f"{row['min_ms']:.2f}"]
-        cells.append(f"{row['q1_ms']:.2f} - {row['q3_ms']:.2f} ({row['rounds']})")
+        median, least, low, high = (_ms(row[k], 2) for k in ("ms", "min_ms", "q1_ms", "q3_ms"))
+        cells = [median, least, f"{low} - {high} ({row['rounds']})"]
         cells += [f"{row['gb_s']:.1f}", f"{row['floor_ratio']:.2f}"]
         cells.append("" if peak is None else f"{peak:.1f}")
         cells.append("" if first is None else f"{first:.1f}" + " (cached)" * row["code_cached"])
@@ -195,7 +200,8 @@ def parse(arguments):
     parser.add_argument("--table", nargs="*", choices=list(suite.SHAPES), help="do not measure")
     parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args(arguments)
-    options.shapes = options.shapes or (["tiny"] if options.quick else list(suite.MODELS))
+    full = [*suite.MODELS, *suite.BATCHES]
+    options.shapes = options.shapes or (["tiny"] if options.quick else full)
     options.dtypes = options.dtypes or list(suite.DTYPES)
     # The caching allocator of CUDA maps its memory once: the switch concerns the CPU alone.
     one = options.quick or options.device == "cuda"

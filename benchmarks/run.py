@@ -8,6 +8,7 @@ suite that fails leaves the others' results alone.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, measure
-from benchmarks.suite import BACKWARD, DTYPES, FORWARD, MODELS, SHAPES, Call, suites
+from benchmarks.suite import BACKWARD, BATCHES, DTYPES, FORWARD, MODELS, SHAPES, Call, suites
 
 ALLOCATORS = ("default", "huge pages")  # what THP_MEM_ALLOC_ENABLE was; see report.py
 
@@ -50,10 +51,11 @@ def floor_runs(clock, suite, inputs, pass_name):
     if clock.device.type == "cuda":
         destination = torch.empty_like(logits)
         return {"device copy": (2 * logits.nbytes, lambda: destination.copy_(logits))}
-    kept, traffic = int(suite.kept * logits.nbytes), suite.traffic(logits, pass_name)
+    kept, traffic = int(suite.kept * logits.nbytes), suite.traffic(inputs, pass_name)
 
     def read():
-        clock.floors.read(streams, kept)
+        for nbytes, equally_long in itertools.groupby(streams, lambda stream: stream.nbytes):
+            clock.floors.read(list(equally_long), int(suite.kept * nbytes))
 
     def read_and_write(gradient):
         read()
@@ -109,7 +111,7 @@ def run_group(clock, suite, shape, dtype, pass_name, effort):
     return {
         "rows": shape.rows,
         "vocabulary": shape.vocabulary,
-        "traffic_mb": suite.traffic(inputs[0], pass_name) / measure.MB,
+        "traffic_mb": suite.traffic(inputs, pass_name) / measure.MB,
         "gradient_mb": 0.0 if pass_name == FORWARD else inputs[0].nbytes / measure.MB,
         "float32_logits_mb": 4 * inputs[0].numel() / measure.MB,
         "noise": noise,
@@ -121,7 +123,7 @@ def _enter(clock, suite, variant, inputs, pass_name, effort):
     """Compiles or warms up, takes the peak memory of a call, and sets the rounds by its time."""
     row = {"kind": variant.kind, "exact": variant.exact, "overwrites": variant.overwrites}
     call = Call(variant, suite, inputs, pass_name)
-    entry = Entry(row, suite.traffic(inputs[0], pass_name), call, 0, call.prepare)
+    entry = Entry(row, suite.traffic(inputs, pass_name), call, 0, call.prepare)
     counters = torch._dynamo.utils.counters
     counters.clear()
     try:
@@ -143,18 +145,21 @@ def _enter(clock, suite, variant, inputs, pass_name, effort):
         return entry
     row["peak_mb"] = round(peak / measure.MB, 3)
     entry.seconds.append(seconds)
-    # The bars hang on tokcore's own figure and on the floor's.
-    entry.rounds = effort.most if variant.kind == "tokcore" else effort.rounds(seconds)
+    # The bars hang on tokcore's own figures and on the floor's.
+    ours = variant.kind in ("tokcore", "yardstick")
+    entry.rounds = effort.most if ours else effort.rounds(seconds)
     return entry
 
 
 def _warm_up(clock, suite):
     """Pages in the libraries and starts the threads, on inputs that cost nothing."""
-    for dtype in DTYPES.values():
-        inputs = suite.inputs(SHAPES["tiny"], dtype, clock.device)
-        for variant in suite.variants(dtype, clock.device):
+    for _, dtype, pass_name in suite.groups(["tiny"], DTYPES):
+        inputs = suite.inputs(SHAPES["tiny"], DTYPES[dtype], clock.device)
+        for variant in suite.variants(DTYPES[dtype], clock.device):
             if variant.kind == "eager":
-                Call(variant, suite, inputs, BACKWARD)()
+                call = Call(variant, suite, inputs, pass_name)
+                call.prepare()
+                call()
 
 
 def _progress(key, suite, group):
@@ -174,7 +179,7 @@ def parse(arguments):
     parser.add_argument("--out", type=Path, required=True, help="JSON file, kept up to date")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--allocator", choices=ALLOCATORS, default="default", help="a label here")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(MODELS))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=[*MODELS, *BATCHES])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help="two rounds each: does it run at all")
     parser.add_argument("--resume", action="store_true", help="keep the groups that are not noisy")
@@ -193,8 +198,7 @@ def main(arguments=None):
         run["groups"] = {}
     run["environment"] = machine.environment(options.device)
     _warm_up(clock, suite)
-    keys = [(s, d, p) for s in options.shapes for d in options.dtypes for p in suite.passes]
-    for shape, dtype, pass_name in keys:
+    for shape, dtype, pass_name in suite.groups(options.shapes, options.dtypes):
         key = f"{shape} {dtype} {pass_name}"
         if key in run["groups"] and not run["groups"][key]["noise"].get("noisy"):
             continue

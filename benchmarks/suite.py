@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Logits (sequences, rows / sequences, vocabulary)."""
+    """Logits (sequences, rows / sequences, vocabulary), or `rows` rewards."""
 
     name: str
     rows: int
@@ -29,9 +30,11 @@ SHAPES = {
     "llama2": Shape("Llama-2, Mistral", 2048, 32768, 8),
     "llama3": Shape("Llama-3", 512, 128256, 4),
     "qwen2.5": Shape("Qwen2.5", 256, 151936, 4),
+    **{f"1e{n}": Shape(f"{10**n:,} rewards", 10**n, 1, 1) for n in range(3, 8)},
     "tiny": Shape("tiny", 64, 4096, 4),
 }
 MODELS = ("llama2", "llama3", "qwen2.5")
+BATCHES = ("1e3", "1e4", "1e5", "1e6", "1e7")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Variant:
     """`function` takes the suite's inputs and returns a tensor or several, differentiable first."""
 
     name: str
-    kind: str  # "tokcore", "eager", "compile", "fused" (another library's kernel), "floor"
+    # "tokcore", "eager", "compile", "fused" (another library's kernel), "floor", or "yardstick" (a
+    # part of tokcore that the whole is held against).
+    kind: str
     function: Callable
     exact: bool = True  # float32 accuracy; what computes in bf16 is listed, but no bar counts it
     overwrites: bool = False  # the gradient goes over the logits, restored before each run
@@ -48,17 +53,26 @@ class Variant:
 @dataclasses.dataclass(frozen=True)
 class Suite:
     name: str
-    inputs: Callable[[Shape, torch.dtype, torch.device], tuple[Tensor, ...]]  # logits first
+    # The differentiable one first: the logits, if there are any.
+    inputs: Callable[[Shape, torch.dtype, torch.device], tuple[Tensor, ...]]
     variants: Callable[[torch.dtype, torch.device], list[Variant]]
-    streams: int  # how many of the inputs are logits: what one sweep reads
+    streams: int  # how many of the inputs one sweep reads; the others cost nothing beside them
     differentiated: int = 1  # how many outputs of a variant receive an upstream gradient
     kept: float = 1.0  # share of the rows that are scored; the others cost no read
     passes: Sequence[str] = (FORWARD, BACKWARD)
+    shapes: Sequence[str] = MODELS
+    dtypes: Sequence[str] = tuple(DTYPES)
 
-    def traffic(self, logits, pass_name):
+    def traffic(self, inputs, pass_name):
         """Least bytes: one sweep of reads, and for the gradient another one and a write."""
-        sweep = int(self.streams * self.kept * logits.nbytes)
-        return sweep if pass_name == FORWARD else 2 * sweep + logits.nbytes
+        sweep = int(self.kept * sum(value.nbytes for value in inputs[: self.streams]))
+        return sweep if pass_name == FORWARD else 2 * sweep + inputs[0].nbytes
+
+    def groups(self, shapes, dtypes):
+        """(shape, dtype, pass) of those asked for that are this suite's; "tiny" is every one's."""
+        shapes = [name for name in shapes if name in (*self.shapes, "tiny")]
+        dtypes = [name for name in dtypes if name in self.dtypes]
+        return [(s, d, p) for s in shapes for d in dtypes for p in self.passes]
 
 
 def suites():
@@ -133,6 +147,8 @@ class Call:
                 self._logits = _Head.apply(self._anchor, self._memory)
 
     def __call__(self):
+        # Where the gradient leaves: a function that changes its logits in place moves them on.
+        edge = None if self._forward else get_gradient_edge(self._logits)
         with torch.set_grad_enabled(not self._forward):
             outputs = self._function(self._logits, *self._rest)
         if self._forward:
@@ -142,4 +158,4 @@ class Call:
         if self._upstream is None:
             draw = torch.Generator().manual_seed(2)
             self._upstream = [torch.rand(o.shape, generator=draw).to(o) for o in outputs]
-        return torch.autograd.grad(outputs, self._logits, self._upstream)
+        return torch.autograd.grad(outputs, edge, self._upstream)

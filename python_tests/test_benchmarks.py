@@ -15,10 +15,23 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind an installed tokcore
 
 from benchmarks import bars, floors, measure, report, run, study  # noqa: E402
+from benchmarks.baselines import group_advantage as advantage_baselines  # noqa: E402
+from benchmarks.baselines import grpo as grpo_baselines  # noqa: E402
 from benchmarks.baselines import sequential_kl as kl_baselines  # noqa: E402
 from benchmarks.baselines import tdpo as tdpo_baseline  # noqa: E402
 from benchmarks.baselines import token_logprob as logprob_baselines  # noqa: E402
-from benchmarks.suite import BACKWARD, DTYPES, FORWARD, SHAPES, Call, suites  # noqa: E402
+from benchmarks.suite import (  # noqa: E402
+    BACKWARD,
+    BATCHES,
+    DTYPES,
+    FORWARD,
+    MODELS,
+    SHAPES,
+    Call,
+    suites,
+)
+from tokcore.ops import PolicyLoss, policy_loss  # noqa: E402
+from tokcore.ops.policy_loss_rules import Clip, Kl  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden")
 SUITES = suites()
@@ -35,11 +48,11 @@ needs_compiler = pytest.mark.skipif(
 def variants(*kinds):
     """(suite, dtype, variant): each variant of these kinds, on each dtype."""
     return [
-        pytest.param(suite, dtype, variant, id=f"{name}-{variant.name}-{dtype}"[:80])
+        pytest.param(suite, DTYPES[dtype], variant, id=f"{name}-{variant.name}-{dtype}"[:80])
         for name, suite in SUITES.items()
-        for dtype in DTYPES.values()
-        for variant in suite.variants(dtype, CPU)
-        if variant.kind in kinds and not variant.overwrites
+        for dtype in suite.dtypes
+        for variant in suite.variants(DTYPES[dtype], CPU)
+        if variant.kind in kinds
     ]
 
 
@@ -54,6 +67,10 @@ def truth(name, inputs):
         chosen, rejected = slice(0, len(m) // 2), slice(len(m) // 2, None)
         h = m[chosen] - m[rejected] - 0.5 * (k[rejected] - k[chosen].detach())
         return (torch.log1p((-0.1 * h).exp()).mean(),)
+    if name.startswith("grpo"):
+        return grpo_truth(*inputs)[: 2 if name == "grpo_entropy" else 1]
+    if name.startswith("group_advantage"):
+        return (advantage_truth(*inputs),)
     *logits, target = inputs
     weights = [value.double().exp() for value in logits]
     p = [weight / weight.sum(-1, keepdim=True) for weight in weights]
@@ -65,15 +82,43 @@ def truth(name, inputs):
     return (p[1] * (p[1] / p[0]).log()).sum(-1), *at_target
 
 
+def grpo_truth(logits, ids, advantages, old, reference, mask):
+    """Loss and mean entropy: the clip by cases of the sign, the KL by its ratio of powers."""
+    assert mask.all()
+    weight = (logits / grpo_baselines.TEMPERATURE).exp()
+    p = weight / weight.sum(-1, keepdim=True)
+    at_id = p.gather(-1, ids[..., None])[..., 0]
+    ratio, a = at_id / old.double().exp(), advantages.double()[:, None]
+    surrogate = torch.where(a > 0, ratio.clamp(max=1.2), ratio.clamp(0.8, 3.0)) * a
+    to_reference = reference.double().exp() / at_id
+    losses = 0.04 * (to_reference - 1 - to_reference.log()) - surrogate
+    return losses.mean(), -(p * p.log()).sum(-1).mean()
+
+
+def advantage_truth(rewards, ids=None):
+    """Variance from the differences of all pairs, a group at a time."""
+    ids = torch.arange(len(rewards)) // 8 if ids is None else ids
+    advantages = torch.empty_like(rewards)
+    for identity in ids.unique():
+        r = rewards[ids == identity]
+        variance = (r[:, None] - r).square().sum() / (2 * len(r) * (len(r) - 1))
+        advantages[ids == identity] = (r - r.sum() / len(r)) / (variance.sqrt() + 1e-4)
+    return advantages
+
+
 def outputs_and_gradient(function, suite, inputs):
-    logits = inputs[0].detach().clone().requires_grad_()
-    outputs = function(logits, *inputs[1:])
+    if BACKWARD not in suite.passes:
+        outputs = function(*inputs)
+        return (outputs,) if isinstance(outputs, torch.Tensor) else outputs, None
+    leaf = inputs[0].detach().clone().requires_grad_()
+    # A copy, which may be overwritten.
+    outputs = function(leaf.clone(), *inputs[1:])
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     differentiated = [output.double() for output in outputs[: suite.differentiated]]
     weights = [
         torch.linspace(0.5, 1, max(1, o.numel())).double().view_as(o) for o in differentiated
     ]
-    (gradient,) = torch.autograd.grad(differentiated, logits, weights)
+    (gradient,) = torch.autograd.grad(differentiated, leaf, weights)
     return outputs, gradient
 
 
@@ -91,6 +136,8 @@ def test_variant_against_float64(suite, dtype, variant):
         assert max(errors) > 1e-3
         return
     assert max(errors) < 1e-4
+    if gradient is None:
+        return
     rounding = 1e-5 if dtype == torch.float32 else 2.0**-8
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rounding, atol=1e-6)
 
@@ -164,6 +211,66 @@ def test_tdpo_underflow_golden():
     torch.testing.assert_close(losses, read("tdpo2_a05/losses"), rtol=1e-12, atol=1e-13)
     _, inputs = golden("tdpo_underflow", "f32")
     assert tdpo_baseline.losses(*inputs, variant="tdpo2").isnan().any()
+
+
+# --- the trainers' GRPO ---------------------------------------------------------------------------
+
+
+def golden_tokens():
+    arrays = np.load(GOLDEN / "grpo_trl_losses_f32.npz")
+    names = ("logps", "adv", "old_logps", "ref_logps", "mask")
+    tokens = [torch.from_numpy(arrays[f"in/{name}"]) for name in names]
+    return arrays, tokens[0].requires_grad_(), tokens[1:]
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("b0.0", {"high": 0.28, "delta": math.inf, "beta": 0.0}),
+        ("b0.04", {"high": 0.28, "delta": math.inf}),
+        ("delta1.5", {"high": 0.28, "delta": 1.5}),
+        ("delta1.1", {"high": 0.28, "delta": 1.1, "beta": 0.0}),
+        ("symclip", {"delta": math.inf, "beta": 0.0}),
+    ],
+)
+def test_trl_policy_loss_golden(case, settings):
+    arrays, logprob, tokens = golden_tokens()
+    loss = grpo_baselines.trl_policy_loss(logprob, *tokens, **settings)
+    (gradient,) = torch.autograd.grad(loss, logprob)
+    for value, name in ((loss, "loss"), (gradient, "grad_logps")):
+        expected = torch.from_numpy(arrays[f"grpo_token_{case}/{name}"])
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0, 30.0])
+def test_verl_policy_loss(shift):
+    """Against the operator, where it is the one that clips, bounds twice, or clamps."""
+    _, logprob, (advantages, old, reference, mask) = golden_tokens()
+    tokens = (advantages, old - shift, reference + shift / 4, mask)
+    losses = [grpo_baselines.verl_policy_loss(logprob, *tokens, high=0.28)]
+    rules = PolicyLoss(
+        Clip(0.2, 0.28, dual=3.0),
+        kl=Kl(0.04, log_limit=20.0, limit=10.0),
+        count_empty=False,
+        log_ratio_limit=20.0,
+    )
+    names = ("old_logprob", "reference_logprob", "mask")
+    options = dict(zip(names, (*tokens[1:3], mask.bool()), strict=True))
+    losses.append(policy_loss(logprob, advantages, rules, **options)[0])
+    gradients = [torch.autograd.grad(loss, logprob)[0] for loss in losses]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_advantages_of_size_golden():
+    arrays = np.load(GOLDEN / "grpo_trl_advantages.npz")
+    for size in (2, 3, 4):
+        rewards, expected = (
+            torch.from_numpy(arrays[f"grpo_random_group_G{size}/{name}"]).flatten()
+            for name in ("rewards_per_func", "advantages")
+        )
+        actual = advantage_baselines.of_size(rewards, size)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- the harness ----------------------------------------------------------------------------------
@@ -240,27 +347,57 @@ def test_floors_move_the_bytes():
     assert 1e7 < clock.floors.exponentials_per_second(seconds=0.01) < 1e12
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", [name for name in SUITES if BACKWARD in SUITES[name].passes])
 def test_call_overwrites_and_restores(name):
-    """The in-place variant gives the gradient of the other one, as often as it is asked."""
+    """A variant in place gives the gradient of the fresh one, as often as it is asked."""
     suite, dtype = SUITES[name], torch.float32
     inputs = suite.inputs(SHAPES["tiny"], dtype, CPU)
-    fresh, in_place = (v for v in suite.variants(dtype, CPU) if v.kind == "tokcore")
-    (expected,) = Call(fresh, suite, inputs, BACKWARD)()
-    call = Call(in_place, suite, inputs, BACKWARD)
-    for _ in range(2):
-        call.prepare()
-        (gradient,) = call()
-        assert torch.equal(gradient, expected)
+    variants = [v for v in suite.variants(dtype, CPU) if v.kind in ("tokcore", "eager")]
+    (expected,) = Call(variants[0], suite, inputs, BACKWARD)()
+    overwriting = [variant for variant in variants if variant.overwrites]
+    assert bars.IN_PLACE in [variant.name for variant in overwriting]
+    for variant in overwriting:
+        call = Call(variant, suite, inputs, BACKWARD)
+        for _ in range(2):
+            call.prepare()
+            (gradient,) = call()
+            if variant.kind == "tokcore":
+                assert torch.equal(gradient, expected)
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(inputs[0], suite.inputs(SHAPES["tiny"], dtype, CPU)[0])
 
 
 def test_traffic():
     logits = torch.empty(4, 8)
-    assert SUITES["token_logprob"].traffic(logits, FORWARD) == logits.nbytes
-    assert SUITES["token_logprob"].traffic(logits, BACKWARD) == 3 * logits.nbytes
-    assert SUITES["sequential_kl"].traffic(logits, BACKWARD) == 5 * logits.nbytes
-    assert SUITES["tdpo"].traffic(logits, BACKWARD) == 3 * logits.nbytes  # half of the rows skipped
+    inputs = (logits, logits, torch.empty(4, dtype=torch.int64))
+    assert SUITES["token_logprob"].traffic(inputs, FORWARD) == logits.nbytes
+    assert SUITES["token_logprob"].traffic(inputs, BACKWARD) == 3 * logits.nbytes
+    assert SUITES["sequential_kl"].traffic(inputs, BACKWARD) == 5 * logits.nbytes
+    assert SUITES["tdpo"].traffic(inputs, BACKWARD) == 3 * logits.nbytes  # half of the rows skipped
+    rewards = torch.empty(8)
+    for name, nbytes in (("group_advantage", 4), ("group_advantage_ids", 4 + 8)):
+        assert SUITES[name].traffic((rewards, torch.arange(8)), FORWARD) == 8 * nbytes
+
+
+def test_groups():
+    """A suite takes the shapes and dtypes that are its own, of those asked for."""
+    assert SUITES["grpo"].groups(["llama3", "1e3", "tiny"], DTYPES) == [
+        (shape, dtype, BACKWARD) for shape in ("llama3", "tiny") for dtype in DTYPES
+    ]
+    found = SUITES["group_advantage"].groups([*MODELS, *BATCHES], DTYPES)
+    assert found == [(shape, "float32", FORWARD) for shape in BATCHES]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["group_advantage", "group_advantage_ids"])
+def test_floor_reads_every_input(name, monkeypatch):
+    clock, lengths = measure.CpuClock(), []
+    inputs = SUITES[name].inputs(SHAPES["1e3"], torch.float32, CPU)
+    read = lambda tensors, nbytes: lengths.append(nbytes * len(tensors))  # noqa: E731
+    monkeypatch.setattr(clock.floors, "read", read)
+    ((moved, floor),) = run.floor_runs(clock, SUITES[name], inputs, FORWARD).values()
+    floor()
+    assert sum(lengths) == moved == sum(value.nbytes for value in inputs)
 
 
 @needs_compiler
@@ -320,6 +457,36 @@ def test_bars():
     lines = report.bar_lines(found).splitlines()
     assert lines[0].startswith("5 of 8 bars met")
     assert len(lines) == 4
+
+
+def test_bars_of_grpo():
+    ms = {"floor": 10.0, "tokcore": 23.0, "tokcore, in place": 24.0, "eager": 120.0}
+    ms |= {"token_logprob": 20.0, "token_logprob, in place": 20.0}
+    groups = {"llama2 float32 forward+backward": group(BACKWARD, ms=ms)}
+    found = bars.evaluate([{"suite": "grpo", "runs": {"huge pages": {"groups": groups}}}])
+    assert {(bar.rule, bar.value, bar.limit, bar.passed) for bar in found} == {
+        ("faster than plain torch", 5.217, 2.5, True),
+        ("tokcore, over token_logprob", 1.15, 1.15, True),
+        ("tokcore, in place, over token_logprob", 1.2, 1.15, False),
+    }
+
+
+def test_bars_of_group_advantage():
+    ms = {"floor": 10.0, "tokcore": 31.0, "eager": 30.0}
+    small, large = (group(FORWARD, ms=ms) | {"rows": rows} for rows in (1000, 10**7))
+    groups = {"1e3 float32 forward": small, "1e7 float32 forward": large}
+    found = bars.evaluate([{"suite": "group_advantage", "runs": {"default": {"groups": groups}}}])
+    torch_bar = ("faster than vectorised torch", 0.968, 1.0, False)
+    assert [(bar.rule, bar.value, bar.limit, bar.passed) for bar in found] == [
+        torch_bar,
+        ("reads of its inputs", 3.1, 3.0, False),
+        torch_bar,
+    ]
+
+
+def test_small_times_keep_their_digits():
+    row = {"ms": 0.0123, "gb_s": 0.4, "floor_ratio": 2.0, "kind": "tokcore", "exact": True}
+    assert report._speed_cells({"variants": {"tokcore": row}}, "tokcore")[0] == "0.0123"
 
 
 def test_bars_widen_for_bf16():
