@@ -133,9 +133,9 @@ def group_advantage(
         wide = summed.double()
         centered = _run(wide, grouped, options, lengths).advantage
         scaled = centered / (_batch(wide, options, "none", statistics=True).std + eps)
-        scaled = torch.where(centered == 0, centered, scaled)
-        result = result._replace(advantage=scaled)
-    result = GroupAdvantage(*(value.to(rewards.dtype) for value in result))
+        result = result._replace(advantage=torch.where(centered == 0, centered, scaled))
+    if result.advantage.dtype != rewards.dtype:
+        result = GroupAdvantage(*(value.to(rewards.dtype) for value in result))
     return result if return_statistics else result.advantage
 
 
@@ -237,23 +237,27 @@ def _run(
     rewards, grouped, options: _Options, lengths=None, *, statistics: bool = False
 ) -> GroupAdvantage:
     size, ids, order = grouped
-    return GroupAdvantage(
-        *_library.native().group_advantage(
-            rewards,
-            ids,
-            order,
-            None if lengths is None else lengths.to(rewards.dtype),
-            size,
-            CENTERS[options.center],
-            SCALES[options.scale],
-            options.ddof,
-            SINGLETONS[options.singleton],
-            float(options.eps),
-            bool(options.contiguous),
-            options.infinite == "unscored",
-            statistics,
-        )
+    arguments = (
+        rewards,
+        ids,
+        order,
+        None if lengths is None else lengths.to(rewards.dtype),
+        size,
+        CENTERS[options.center],
+        SCALES[options.scale],
+        options.ddof,
+        SINGLETONS[options.singleton],
+        float(options.eps),
+        bool(options.contiguous),
+        options.infinite == "unscored",
+        statistics,
     )
+    operator = _library.native().group_advantage
+    if torch.compiler.is_compiling():
+        return GroupAdvantage(*operator(*arguments))
+    # Nothing requires grad here: autograd's turn would take as long as a thousand rewards do.
+    with torch._C._AutoDispatchBelowAutograd():
+        return GroupAdvantage(*operator(*arguments))
 
 
 def _batch(rewards, options: _Options, scale: str, *, statistics: bool = False) -> GroupAdvantage:

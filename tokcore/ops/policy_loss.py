@@ -101,6 +101,7 @@ def policy_loss(
 
     Differentiable in ``logprob`` and ``entropy``, once.
 
+    >>> from tokcore.ops.policy_loss_rules import Reinforce
     >>> logprob = torch.tensor([[-1.0, -2.0], [-1.5, float("nan")]])
     >>> mask = torch.tensor([[True, True], [True, False]])
     >>> advantages = torch.tensor([1.0, -1.0])
