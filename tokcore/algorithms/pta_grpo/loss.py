@@ -8,7 +8,8 @@ from numbers import Real
 from torch import Tensor
 
 from tokcore.masking import shift_labels
-from tokcore.ops import PolicyLoss, policy_loss, policy_loss_rules, token_logprob
+from tokcore.ops import PolicyLoss, policy_loss, token_logprob
+from tokcore.ops.policy_loss_rules import Clip, Kl
 
 AGGREGATIONS = ("seq-mean-token-sum", "token-mean")
 
@@ -153,8 +154,8 @@ def pta_grpo_loss_from_tokens(
     _check_settings(name, aggregation, epsilon, epsilon_high, kl_coefficient)
     is_packed = logprob.dim() == 1
     rules = PolicyLoss(
-        policy_loss_rules.Clip(epsilon, epsilon_high),
-        kl=policy_loss_rules.Kl(kl_coefficient) if kl_coefficient else None,
+        Clip(epsilon, epsilon_high),
+        kl=Kl(kl_coefficient) if kl_coefficient else None,
         aggregation=aggregation,
     )
     return policy_loss(
