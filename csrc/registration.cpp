@@ -72,9 +72,10 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "float entropy_coefficient, float accumulation, float length, bool logprob_needs_grad, "
       "bool entropy_needs_grad) -> (Tensor loss, Tensor metrics, Tensor logprob_gradient, "
       "Tensor entropy_gradient, Tensor scales)");
+  // logprob is there to be known as what the gradient depends on: a second derivative is refused.
   m.def(
-      "policy_loss_backward(Tensor grad_loss, Tensor logprob_gradient, Tensor entropy_gradient, "
-      "Tensor scales) -> (Tensor grad_logprob, Tensor grad_entropy)");
+      "policy_loss_backward(Tensor grad_loss, Tensor logprob, Tensor logprob_gradient, "
+      "Tensor entropy_gradient, Tensor scales) -> (Tensor grad_logprob, Tensor grad_entropy)");
 
   // group_advantage: each reward (B,) against the rewards of its group: runs of equal `group` (B,)
   // in the order `order` (B,), or `group_size` rows in a row. Numbers of the rules:
@@ -82,5 +83,5 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
   m.def(
       "group_advantage(Tensor rewards, Tensor? group, Tensor? order, Tensor? weights, "
       "int group_size, int center, int scale, int ddof, int singleton, float eps, bool contiguous, "
-      "bool infinite_unscored, bool with_statistics) -> (Tensor advantage, Tensor mean, Tensor deviation)");
+      "bool with_statistics) -> (Tensor advantage, Tensor mean, Tensor deviation)");
 }

@@ -4,6 +4,7 @@ The headers of torch 2.11 swallow errors of a registration, and a kernel registe
 misspelt name is never reported: the operator is just not there.
 """
 
+import inspect
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SCHEMAS = [
 ]
 NAMES = [schema.partition("(")[0] for schema in SCHEMAS]
 PUBLIC = [name for name in NAMES if not re.search(r"_backward_?$", name)]
+NOT_DIFFERENTIABLE = {"group_advantage"}
 
 
 def namespaces() -> list[str]:
@@ -79,8 +81,16 @@ def test_each_operator_has_its_files_and_its_function(name):
     assert len(function.__doc__.splitlines()) > 10
     for file in (f"csrc/cpu/{name}.cpp", f"csrc/cuda/{name}.cu", f"tokcore/ops/{name}.py"):
         assert (root / file).is_file(), file
-    for backward in (f"{name}_backward", f"{name}_backward_"):
-        assert backward in NAMES
+    inplace = "inplace_backward" in inspect.signature(function).parameters
+    assert (f"{name}_backward" in NAMES) == (name not in NOT_DIFFERENTIABLE)
+    assert (f"{name}_backward_" in NAMES) == inplace
+
+
+def test_each_file_of_ops_is_an_operator_or_the_rules_of_one():
+    files = {path.stem for path in Path(ops.__file__).parent.glob("*.py")} - {"__init__"}
+    operators = {name for name in files if not name.endswith("_rules")}
+    assert operators == set(PUBLIC)
+    assert {name.removesuffix("_rules") for name in files} == operators
 
 
 def test_nothing_is_registered_beside_the_schemas():

@@ -28,7 +28,7 @@ def logits(operator: str, name: str, value: Tensor) -> None:
         raise ValueError(
             f"{operator}: {name} must have shape (..., V) with V >= 1, got {_shape(value)}"
         )
-    _no_functional_derivative(operator, name, value)
+    no_functional_derivative(operator, name, value)
 
 
 def same_vocabulary(operator: str, policy: Tensor, reference: Tensor) -> None:
@@ -225,7 +225,7 @@ def _same_device(operator: str, name: str, value: Tensor, like: Tensor) -> None:
         )
 
 
-def _no_functional_derivative(operator: str, name: str, value: Tensor) -> None:
+def no_functional_derivative(operator: str, name: str, value: Tensor) -> None:
     """Forward mode would get a tangent of zero, in silence; torch.func.grad an obscure error."""
     if torch.compiler.is_compiling():
         return

@@ -27,7 +27,6 @@ struct AdvantageRules {
   Singleton singleton;
   int64_t ddof;
   double eps;
-  bool infinite_unscored;
 };
 
 // Rows in the order in which they are grouped; a group is a run of them.
@@ -46,11 +45,9 @@ struct AdvantageTensors {
     if (group_size > 0) return position % group_size == 0;
     return position == 0 || group[row(position)] != group[row(position - 1)];
   }
-  TOKCORE_FIELDS_HD bool scored(double reward) const {
-    if (rules.infinite_unscored) return reward - reward == 0;  // neither NaN nor infinite
-    return reward == reward;
-  }
 };
+
+TOKCORE_FIELDS_HD bool is_scored(double reward) { return reward == reward; }
 
 struct GroupSums {
   double scored = 0, offset = 0, weight = 0, weighted = 0;
@@ -74,7 +71,7 @@ template <typename T>
 TOKCORE_FIELDS_HD void add_reward(const AdvantageTensors<T>& p, int64_t row, double anchor,
                                   GroupSums& sums, TopTwo<double>& top) {
   const double reward = p.rewards[row];
-  if (!p.scored(reward)) return;
+  if (!is_scored(reward)) return;
   const double d = reward - anchor;
   sums.scored += 1;
   sums.offset += d;
@@ -104,7 +101,7 @@ template <typename T>
 TOKCORE_FIELDS_HD void add_square(const AdvantageTensors<T>& p, int64_t row,
                                   const GroupStatistics& group, GroupSquares& sums) {
   const double reward = p.rewards[row];
-  if (!p.scored(reward)) return;
+  if (!is_scored(reward)) return;
   const double d = reward - group.anchor - group.offset;
   sums.squares += d * d;
 }
@@ -119,7 +116,8 @@ template <typename T>
 TOKCORE_FIELDS_HD double advantage_of(const AdvantageTensors<T>& p, const GroupStatistics& group,
                                       double reward) {
   const AdvantageRules& rules = p.rules;
-  if (!p.scored(reward)) return 0;
+  if (!is_scored(reward)) return 0;
+  if (group.offset - group.offset != 0) return kUnscored;  // an infinity is among them
   if (group.scored == 1 && rules.center != Center::kNone)
     return rules.singleton == Singleton::kReward ? reward : 0;
   double advantage = reward - group.anchor - group.center;
@@ -147,7 +145,7 @@ TOKCORE_FIELDS_HD void put_advantage(const AdvantageTensors<T>& p, int64_t row,
 template <typename T>
 TOKCORE_FIELDS_HD double find_anchor(const AdvantageTensors<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
-    if (p.scored(p.rewards[p.row(i)])) return p.rewards[p.row(i)];
+    if (is_scored(p.rewards[p.row(i)])) return p.rewards[p.row(i)];
   return kUnscored;
 }
 

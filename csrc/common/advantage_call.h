@@ -35,7 +35,7 @@ inline AdvantageCall checked_advantage(const char* op, const Tensor& rewards,
                                        const std::optional<Tensor>& order,
                                        const std::optional<Tensor>& weights, int64_t group_size,
                                        int64_t center, int64_t scale, int64_t ddof,
-                                       int64_t singleton, double eps, bool infinite_unscored) {
+                                       int64_t singleton, double eps) {
   const ScalarType type = rewards.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double, op,
         "rewards must be float32 or float64, got ", toString(type));
@@ -49,8 +49,7 @@ inline AdvantageCall checked_advantage(const char* op, const Tensor& rewards,
                 static_cast<Scale>(scale),
                 static_cast<Singleton>(singleton),
                 ddof,
-                eps,
-                infinite_unscored};
+                eps};
   call.rewards = torch::stable::contiguous(rewards);
   call.group = rows_of("group", group, ScalarType::Long);
   call.order = rows_of("order", order, ScalarType::Long);

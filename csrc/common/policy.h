@@ -50,6 +50,8 @@ struct PolicyRules {
 
   // Whether a ratio belongs to a row as a whole, and so is counted once a row.
   TOKCORE_HOST_DEVICE bool of_rows() const { return level != RatioLevel::kToken && row_advantages; }
+  // GMPO clips the tokens of its rows one by one.
+  TOKCORE_HOST_DEVICE bool clips_rows() const { return of_rows() && surrogate != Surrogate::kGmpo; }
 };
 
 constexpr double kPolicyInfinity = std::numeric_limits<double>::infinity();
@@ -213,7 +215,7 @@ TOKCORE_HOST_DEVICE PolicyPart surrogate_of(const PolicyRules& rules, const Poli
     case Surrogate::kDppo: {
       const double log_ratio = token.logprob - token.old;
       const double moved = std::exp(token.logprob) - std::exp(token.old);
-      const bool keep = advantage > 0 ? moved <= p[1] : moved >= -p[0];
+      const bool keep = advantage != 0 && (advantage > 0 ? moved <= p[1] : moved >= -p[0]);
       return {(keep ? -advantage * ratio : 0) + p[2] * log_ratio * log_ratio, keep ? -advantage : 0,
               2 * p[2] * log_ratio};
     }
@@ -248,8 +250,9 @@ TOKCORE_HOST_DEVICE PolicyKl kl_estimate(const PolicyRules& rules, const PolicyT
 struct PolicyTerm {
   double loss, by_ratio, direct;
   double ratio, importance, kl;
-  double log_ratio_slope;   // d (this token's part of the row's sum) / d log p
-  bool low, high, focused;  // clipped below or above; not below the entropy's threshold
+  double log_ratio_slope;  // d (this token's part of the row's sum) / d log p
+  bool low, high;          // clipped below or above
+  bool focused, dropped;   // not below the entropy's threshold; as too far off the policy
 };
 
 TOKCORE_HOST_DEVICE void find_clipped(const PolicyRules& rules, const PolicyToken& token,
@@ -292,11 +295,12 @@ TOKCORE_HOST_DEVICE PolicyTerm policy_term(const PolicyRules& rules, const Polic
   find_clipped(rules, token, term);
   term.focused = !(token.entropy < entropy_threshold);
   term.importance = row.importance * token_importance(rules, token);
-  PolicyPart part = {0, 0, 0};
-  if (!(row.off_policy && token.advantage < 0) && term.focused && term.importance != 0)
-    part = surrogate_of(rules, token, row, term.ratio);
+  term.dropped = row.off_policy && token.advantage < 0;
   // VESPO has taken it into phi.
   const double importance = rules.surrogate == Surrogate::kVespo ? 1 : term.importance;
+  PolicyPart part = {0, 0, 0};
+  if (!term.dropped && term.focused && importance != 0)
+    part = surrogate_of(rules, token, row, term.ratio);
   // What drops a token's surrogate leaves its KL.
   const PolicyKl kl = kl_estimate(rules, token);
   const double weight = rules.kl_coefficient * (rules.corrected_kl ? term.ratio : 1);
@@ -323,20 +327,21 @@ TOKCORE_HOST_DEVICE void add_term(const PolicyRules& rules, const PolicyToken& t
   totals.entropy += token.entropy;
   totals.importance += term.importance;
   totals.focused += term.focused;
+  totals.off_policy += term.dropped;
   if (term.focused) totals.focused_entropy += token.entropy;
-  if (rules.of_rows()) return;
+  if (!rules.of_rows()) totals.ratio += term.ratio;
+  if (rules.clips_rows()) return;
   totals.low += term.low;
   totals.high += term.high;
-  totals.ratio += term.ratio;
 }
 
 // What a row adds beside its tokens.
 TOKCORE_HOST_DEVICE void add_row(const PolicyRules& rules, const PolicyRow& row, double advantage,
                                  PolicyTotals& totals) {
   totals.rows += row.tokens > 0;
-  totals.off_policy += row.off_policy && rules.row_advantages && advantage < 0;
   totals.phi += advantage >= 0 ? row.phi_positive : row.phi_negative;
-  if (!rules.of_rows()) return;
+  if (rules.of_rows()) totals.ratio += row.ratio;
+  if (!rules.clips_rows()) return;
   PolicyTerm term = {};
   PolicyToken token = {};
   token.advantage = advantage;
@@ -345,7 +350,6 @@ TOKCORE_HOST_DEVICE void add_row(const PolicyRules& rules, const PolicyRow& row,
   find_clipped(rules, token, term);
   totals.low += term.low;
   totals.high += term.high;
-  totals.ratio += row.ratio;
 }
 
 // Loss, and what the saved gradients are still to be multiplied by.
@@ -362,14 +366,14 @@ TOKCORE_HOST_DEVICE PolicyResult policy_result(const PolicyRules& rules, const P
   if (rules.aggregation == Aggregation::kSeqMeanTokenSum) over = counted;
   if (rules.aggregation == Aggregation::kSeqMeanTokenSumNorm) over = counted * rules.length;
   if (over < 1) over = 1;
-  if (!(totals.tokens >= 0)) over = totals.tokens;  // NaN: a row whose ends are wrong
   over *= rules.accumulation;
   double entropy_over = (totals.focused > 1 ? totals.focused : 1) * rules.accumulation;
   // A normaliser that was given counts the whole batch, whatever part of it is here.
   if (normalizer != nullptr) {
-    over = *normalizer > 1 ? *normalizer : 1;
+    over = *normalizer > 0 ? *normalizer : 1;
     if (rules.aggregation == Aggregation::kTokenMean) entropy_over = over;
   }
+  if (!(totals.tokens >= 0)) over = totals.tokens;  // NaN: a row whose ends are wrong
   PolicyResult result = {0, 1 / over, -rules.entropy_coefficient / entropy_over};
   result.loss = totals.loss * result.scale;
   if (rules.entropy_coefficient != 0) result.loss += totals.focused_entropy * result.entropy_scale;
@@ -381,16 +385,16 @@ constexpr int kPolicyMetrics = 10;
 TOKCORE_HOST_DEVICE void policy_metrics(const PolicyRules& rules, const PolicyTotals& totals,
                                         int64_t rows, double (&metrics)[kPolicyMetrics]) {
   const double tokens = totals.tokens > 1 ? totals.tokens : 1, all = rows > 1 ? double(rows) : 1;
-  const double ratios = rules.of_rows() ? all : tokens;
+  const double clips = rules.clips_rows() ? all : tokens;
   metrics[0] = totals.tokens;
   metrics[1] = totals.kl / tokens;
   metrics[2] = totals.entropy / tokens;
-  metrics[3] = totals.low / ratios;
-  metrics[4] = totals.high / ratios;
-  metrics[5] = totals.ratio / ratios;
+  metrics[3] = totals.low / clips;
+  metrics[4] = totals.high / clips;
+  metrics[5] = totals.ratio / (rules.of_rows() ? all : tokens);
   metrics[6] = totals.importance / tokens;
   metrics[7] = totals.focused / tokens;
-  metrics[8] = totals.off_policy / all;
+  metrics[8] = totals.off_policy / tokens;
   metrics[9] = totals.phi / all;
 }
 

@@ -364,19 +364,17 @@ void check_faults(const char* op, const SharedFaults& faults, int64_t rows) {
   check(faults.scored > 0 || rows == 0, op, "rewards must hold one that is not NaN, got ", rows,
         " without any");
   check(faults.weightless < 0, op,
-        "lengths must be positive in sum over each group (is each of its completions empty?), got "
+        "lengths must be positive in sum over each group (are all of its completions empty?), got "
         "a group without");
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_advantage_cpu(
     const Tensor& rewards, const std::optional<Tensor>& group, const std::optional<Tensor>& order,
     const std::optional<Tensor>& weights, int64_t group_size, int64_t center, int64_t scale,
-    int64_t ddof, int64_t singleton, double eps, bool contiguous, bool infinite_unscored,
-    bool with_statistics) {
+    int64_t ddof, int64_t singleton, double eps, bool contiguous, bool with_statistics) {
   const char* op = "group_advantage";
-  const AdvantageCall call =
-      checked_advantage(op, rewards, group, order, weights, group_size, center, scale, ddof,
-                        singleton, eps, infinite_unscored);
+  const AdvantageCall call = checked_advantage(op, rewards, group, order, weights, group_size,
+                                               center, scale, ddof, singleton, eps);
   const Shape shape = {call.rows}, none = {0};
   Tensor advantage = new_gradient(rewards);
   Tensor mean = new_empty(rewards, with_statistics ? shape : none);

@@ -83,6 +83,7 @@ PolicyOutputs run_policy_loss(const PolicyCall& call) {
 }
 
 std::tuple<Tensor, Tensor> policy_loss_backward_cpu(const Tensor& grad_loss,
+                                                    const Tensor& /* logprob */,
                                                     const Tensor& logprob_gradient,
                                                     const Tensor& entropy_gradient,
                                                     const Tensor& scales) {

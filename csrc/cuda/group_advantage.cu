@@ -91,11 +91,9 @@ std::tuple<Tensor, Tensor, Tensor> group_advantage_cuda(
     const Tensor& rewards, const std::optional<Tensor>& group, const std::optional<Tensor>& order,
     const std::optional<Tensor>& weights, int64_t group_size, int64_t center, int64_t scale,
     int64_t ddof, int64_t singleton, double eps,
-    bool /* contiguous: Python has sorted what is not */, bool infinite_unscored,
-    bool with_statistics) {
-  const AdvantageCall call =
-      checked_advantage("group_advantage", rewards, group, order, weights, group_size, center,
-                        scale, ddof, singleton, eps, infinite_unscored);
+    bool /* contiguous: Python has sorted what is not */, bool with_statistics) {
+  const AdvantageCall call = checked_advantage("group_advantage", rewards, group, order, weights,
+                                               group_size, center, scale, ddof, singleton, eps);
   const DeviceGuard guard(device_index(rewards));
   const Shape shape = {call.rows}, none = {0};
   const ScalarType type = rewards.scalar_type();

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads) policy_loss_total_kernel(PolicyLo
     add_fields(p.of_rows[row], totals);
   totals = block_sum(totals);
   if (threadIdx.x != 0) return;
+  if (in.rows == 0 && in.tokens > 0) totals.loss = totals.tokens = kPolicyNaN;  // ends without rows
   const PolicyResult result = policy_result(in.rules, totals, in.rows, in.normalizer);
   double values[kPolicyMetrics];
   policy_metrics(in.rules, totals, in.rows, values);
@@ -123,6 +124,7 @@ PolicyOutputs run_policy_loss(const PolicyCall& call) {
 }
 
 std::tuple<Tensor, Tensor> policy_loss_backward_cuda(const Tensor& grad_loss,
+                                                     const Tensor& /* logprob */,
                                                      const Tensor& logprob_gradient,
                                                      const Tensor& entropy_gradient,
                                                      const Tensor& scales) {

@@ -196,7 +196,7 @@ def test_the_regulariser_moves_the_reference_only_where_the_reference_is_in_the_
 def test_ties_have_exactly_no_advantage_and_no_gradient(convention, dtype, reward):
     rewards = torch.full((18,), reward, dtype=dtype)
     advantages = grao.grao_advantages(rewards, 9, convention=convention)
-    assert advantages.dtype == dtype
+    assert advantages.dtype == grao.grao_weights(advantages, 9).dtype == dtype
     assert (advantages == 0).all()
     loss, metrics, gradient = run(-torch.rand(18, 4), advantages, 9)
     assert loss == 0
@@ -375,7 +375,7 @@ def test_half_precision_logits_give_a_float32_loss_and_half_gradients(dtype):
     assert half.grad.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(half.grad.double(), wide.grad, rtol=2 * eps, atol=1e-6)
-    tokens = torch.full((3, 2), -0.5, dtype=dtype)  # exact in both
+    tokens = torch.tensor([[-0.5], [-1.0], [-2.0]], dtype=dtype)  # exact, unlike the weights
     loss, _ = grao.grao_loss_from_tokens(tokens, torch.tensor([1.0, -0.5, -0.5]), 3)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    assert loss.item() == pytest.approx(0.8 * 0.5 - 0.4 * 1 - 0.4 * 2, abs=1e-6)

@@ -115,13 +115,17 @@ def group_advantage(
     options = _Options(center, scale, ddof, eps, singleton, infinite, contiguous)
     _check(op, rewards, options, combine, lengths, return_statistics)
     rewards = rewards.float() if rewards.dtype in (torch.float16, torch.bfloat16) else rewards
+    if infinite == "unscored":
+        rewards = torch.where(rewards.isinf(), torch.nan, rewards)
+    elif rewards.dim() == 2:
+        _refuse_infinities(op, rewards)
     factors = _weights(op, weights, rewards)
     size, ids = _groups(op, group, rewards)
     if compat is not None:
         _checks.choice(op, "compat", compat, {"trl": 0})
         return _as_trl(rewards, size, factors, center, scale, combine)
     order = None
-    if ids is not None and not contiguous and not _sorts_itself(rewards):
+    if ids is not None and not contiguous and not _on_native_cpu(rewards):
         order = torch.sort(ids, stable=True).indices
     grouped = (size, ids, order)
     if combine == "normalize_then_sum":
@@ -133,7 +137,11 @@ def group_advantage(
         wide = summed.double()
         centered = _run(wide, grouped, options, lengths).advantage
         scaled = centered / (_batch(wide, options, "none", statistics=True).std + eps)
-        result = result._replace(advantage=torch.where(centered == 0, centered, scaled))
+        scaled = torch.where(centered == 0, centered, scaled)
+        if singleton == "reward":  # is the reward itself, not scaled
+            others = _run(wide, grouped, options._replace(singleton="zero"), lengths).advantage
+            scaled = torch.where(centered == others, scaled, centered)
+        result = result._replace(advantage=scaled)
     if result.advantage.dtype != rewards.dtype:
         result = GroupAdvantage(*(value.to(rewards.dtype) for value in result))
     return result if return_statistics else result.advantage
@@ -222,14 +230,27 @@ def _groups(op: str, group, rewards: Tensor) -> tuple[int, Tensor | None]:
     return 0, group.long()
 
 
-def _sorts_itself(rewards: Tensor) -> bool:
-    """The CPU operator counts or sorts ids as it needs; the CUDA kernel takes an order."""
+def _on_native_cpu(rewards: Tensor) -> bool:
+    """Where the operator sorts ids as it needs and raises for values; the CUDA kernel (emulated
+    too) takes an order, and makes NaN.
+    """
     return rewards.device.type == "cpu" and _library.native() is torch.ops.tokcore
 
 
+def _refuse_infinities(op: str, rewards: Tensor) -> None:
+    """Before several rewards are summed: sums of infinities are NaN, which means not scored."""
+    readable = _on_native_cpu(rewards) and _checks.readable(rewards)
+    if readable and bool(rewards.isinf().any()):
+        raise RuntimeError(
+            f"{op}: rewards must be finite (NaN = not scored; infinite='unscored' drops "
+            "infinities), got an infinity"
+        )
+
+
 def _weighted_sum(values: Tensor, factors: Tensor | None) -> Tensor:
-    """Of the scored columns; NaN where there is none."""
+    """Of the scored columns; NaN where there is none, infinite where one of them is."""
     weighted = values if factors is None else values * factors
+    weighted = torch.where(values.isinf(), torch.inf, weighted)
     return torch.where(values.isnan().all(1), torch.nan, weighted.nansum(1))
 
 
@@ -249,7 +270,6 @@ def _run(
         SINGLETONS[options.singleton],
         float(options.eps),
         bool(options.contiguous),
-        options.infinite == "unscored",
         statistics,
     )
     operator = _library.native().group_advantage
@@ -275,15 +295,20 @@ def _normalize_then_sum(rewards, factors, grouped, lengths, options: _Options) -
     for column in columns.unbind(1):
         if not _all_unscored(column):
             scores = _run(column, grouped, options, lengths).advantage
+            # On CUDA an infinity has made its group NaN, which must not pass for "not scored".
+            scores = torch.where(scores.isnan(), torch.inf, scores)
             column = torch.where(column.isnan(), torch.nan, scores)
         advantages.append(column)
     summed = _weighted_sum(torch.stack(advantages, 1), factors)
-    return _batch(summed, options, "std").advantage.to(rewards.dtype)
+    infinite = summed.isinf()
+    found = _batch(torch.where(infinite, torch.nan, summed), options, "std").advantage
+    return torch.where(infinite, torch.nan, found).to(rewards.dtype)
 
 
 def _all_unscored(column: Tensor) -> bool:
     """Of one reward function among several, which may; only the CPU operator would mind."""
-    return column.device.type == "cpu" and _checks.readable(column) and bool(column.isnan().all())
+    readable = _on_native_cpu(column) and _checks.readable(column)
+    return readable and bool(column.isnan().all())
 
 
 def _as_trl(rewards, size: int, factors, center: str, scale: str, combine: str) -> Tensor:

@@ -86,12 +86,14 @@ def policy_loss(
             which the fraction ``rules.top_entropy`` of the tokens at hand lies.
         normalizer: the denominator of the loss, in place of the one counted here: the tokens (or
             sequences) of the whole batch over the number of ranks (TRL: num_items_in_batch / P).
+            Positive; a tensor of 0, a batch without tokens, is taken as 1.
 
     Returns:
         loss: () in float32 (float64 for float64).
         metrics: detached scalars: tokens; kl, entropy, clip_low, clip_high, ratio,
-            importance_ratio, focused (means over the tokens; over rows where the ratio is a
-            row's); off_policy (fraction of rows); phi (mean of VESPO's weights).
+            importance_ratio, focused, off_policy (means over the tokens; over rows where the ratio
+            is a row's); phi (mean over rows of VESPO's weights). focused and off_policy are the
+            shares of tokens that the entropy mask keeps and the off-policy mask drops.
 
     Raises:
         TypeError, ValueError: an argument of a wrong dtype, shape or device, or one that the rules
@@ -114,6 +116,7 @@ def policy_loss(
     op = "policy_loss"
     _checks.tensor(op, "logprob", logprob)
     _checks.floating(op, "logprob", logprob)
+    _checks.no_functional_derivative(op, "logprob", logprob)
     if not isinstance(rules, PolicyLoss):
         raise TypeError(f"{op}: rules must be a PolicyLoss, got {type(rules).__name__}")
     half = logprob.dtype in (torch.float16, torch.bfloat16)
@@ -132,7 +135,9 @@ def policy_loss(
         )
     if mask is not None:
         _checks.mask(op, mask, logprob.unsqueeze(-1))
-    entropy = None if entropy is None else _tokens(op, "entropy", entropy, logprob)
+    if entropy is not None:
+        entropy = _tokens(op, "entropy", entropy, logprob)
+        _checks.no_functional_derivative(op, "entropy", entropy)
     _check_needs(op, rules, tokens, by_row, importance_ratio, entropy)
     importance = 0
     if importance_ratio is not None:
@@ -174,10 +179,11 @@ def top_entropy_threshold(entropy: Tensor, fraction: float, mask: Tensor | None 
     ordered = torch.where(kept, values, torch.inf).sort().values.double()
     if len(ordered) == 0:
         return ordered.new_full((), -torch.inf)
-    position = (1 - fraction) * (kept.sum() - 1).clamp(min=0).double()
+    last = (kept.sum() - 1).clamp(min=0)
+    position = (1 - fraction) * last.double()
     low = position.floor().long()
-    high = torch.minimum(low + 1, (kept.sum() - 1).clamp(min=0))
-    below, above = ordered[low], ordered[high]
+    # Gathered, not indexed: the host need not know the places.
+    below, above = ordered.gather(0, torch.stack([low, torch.minimum(low + 1, last)])).unbind()
     return torch.where(above > below, below + (above - below) * (position - low), below)
 
 
@@ -253,7 +259,7 @@ def _scalar(op: str, name: str, value, logprob: Tensor) -> Tensor | None:
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        _checks.number(op, name, value, least=0 if name == "normalizer" else -1e300)
+        _checks.number(op, name, value, least=1e-300 if name == "normalizer" else -1e300)
         return torch.full((), float(value), dtype=torch.float64, device=logprob.device)
     if value.dim() != 0 or value.device != logprob.device:
         raise ValueError(
@@ -442,14 +448,17 @@ def _fake(logprob, *rest):
     )
 
 
-def _fake_backward(grad_loss, logprob_gradient, entropy_gradient, scales):
-    return torch.empty_like(logprob_gradient), torch.empty_like(entropy_gradient)
+def _fake_backward(grad_loss, logprob, logprob_gradient, entropy_gradient, scales):
+    return (
+        logprob_gradient.new_empty(logprob_gradient.shape),
+        entropy_gradient.new_empty(entropy_gradient.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
     _, metrics, *gradients = output
-    ctx.arguments = len(inputs)
-    ctx.save_for_backward(*gradients)
+    ctx.arguments, ctx.needs = len(inputs), inputs[-2:]
+    ctx.save_for_backward(inputs[0], *gradients)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, *gradients)
 
@@ -457,9 +466,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(operators, ctx, grad_loss, *rest):
     grads = [None] * ctx.arguments
     if grad_loss is not None:
-        of_logprob, of_entropy = operators.policy_loss_backward(grad_loss, *ctx.saved_tensors)
-        grads[0] = of_logprob if ctx.needs_input_grad[0] else None
-        grads[6] = of_entropy if ctx.needs_input_grad[6] and of_entropy.shape != (0,) else None
+        found = operators.policy_loss_backward(grad_loss, *ctx.saved_tensors)
+        for argument, needed, grad in zip((0, 6), ctx.needs, found, strict=True):
+            grads[argument] = grad if needed and ctx.needs_input_grad[argument] else None
     return tuple(grads)
 
 
