@@ -65,25 +65,21 @@ __device__ __forceinline__ void run_long_group(const AdvantageTensors<T>& p, int
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) group_advantage_kernel(AdvantageTensors<T> p) {
   TOKCORE_SHARED(int, is_long, kMaxThreads);
-  for (int64_t tile = int64_t(blockIdx.x) * blockDim.x; tile < p.rows;
-       tile += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t begin = tile + threadIdx.x;
-    // Everyone has read the marks of the tile before this one.
-    __syncthreads();
-    is_long[threadIdx.x] = 0;
-    if (begin < p.rows && p.starts(begin)) {
-      const int64_t end = short_end(p, begin, kShortGroup);
-      if (end - begin > kShortGroup) {
-        is_long[threadIdx.x] = 1;
-      } else {
-        run_group(p, begin, end);
-      }
+  // There are as many blocks as tiles: a grid can have more than there is memory for.
+  const int64_t tile = int64_t(blockIdx.x) * blockDim.x, begin = tile + threadIdx.x;
+  is_long[threadIdx.x] = 0;
+  if (begin < p.rows && p.starts(begin)) {
+    const int64_t end = short_end(p, begin, kShortGroup);
+    if (end - begin > kShortGroup) {
+      is_long[threadIdx.x] = 1;
+    } else {
+      run_group(p, begin, end);
     }
-    // The marks are written.
-    __syncthreads();
-    for (int i = 0; i < int(blockDim.x); ++i) {
-      if (is_long[i] != 0) run_long_group(p, tile + i, long_end(p, tile + i));
-    }
+  }
+  // The marks are written.
+  __syncthreads();
+  for (int i = 0; i < int(blockDim.x); ++i) {
+    if (is_long[i] != 0) run_long_group(p, tile + i, long_end(p, tile + i));
   }
 }
 
