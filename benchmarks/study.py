@@ -24,18 +24,20 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def run_seed(example, seed, flags):
-    """method -> its last evaluation, with the entropy of its samples, of one seed."""
+    """Of one seed: what was measured before training, and method -> what it ended with."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(EXAMPLES / f"{example}.py"), "--seed", str(seed)]
         command += ["--output", folder, *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((Path(folder) / "metrics.json").read_text())
     print(f"seed {seed} is done", flush=True)
+    run = result if "methods" in result else result["runs"][str(seed)]
+    before = {key: value for key, value in run.items() if isinstance(value, float)}
     methods = {
-        name: found["history"][-1] | {"entropy": found["entropy"]}
-        for name, found in result["methods"].items()
+        name: found["history"][-1] | {key: found[key] for key in found if key != "history"}
+        for name, found in run["methods"].items()
     }
-    return {"seed": seed, "entropy_before": result["entropy_before"], "methods": methods}
+    return {"seed": seed, **before, "methods": methods}
 
 
 def table(runs):
