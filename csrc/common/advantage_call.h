@@ -45,11 +45,8 @@ inline AdvantageCall checked_advantage(const char* op, const Tensor& rewards,
     return check_rows(op, name, t, "rewards", rewards, dtype, shape);
   };
   AdvantageCall call;
-  call.rules = {static_cast<Center>(center),
-                static_cast<Scale>(scale),
-                static_cast<Singleton>(singleton),
-                ddof,
-                eps};
+  call.rules = {static_cast<Center>(center), static_cast<Scale>(scale),
+                static_cast<Singleton>(singleton), ddof, eps};
   call.rewards = torch::stable::contiguous(rewards);
   call.group = rows_of("group", group, ScalarType::Long);
   call.order = rows_of("order", order, ScalarType::Long);

@@ -142,9 +142,9 @@ inline void zero_rows(Tensor& gradient, const RowIndex& index, const std::vector
   });
 }
 
-// An uninitialised gradient (or another large output) like `logits`, contiguous. On 4 KB pages the first touch of a large
-// tensor costs more than the sweep that fills it, so from 32 MB up the kernel is advised to use 2
-// MB pages (it may decline).
+// An uninitialised gradient (or another large output) like `logits`, contiguous. On 4 KB pages the
+// first touch of a large tensor costs more than the sweep that fills it, so from 32 MB up the
+// kernel is advised to use 2 MB pages (it may decline).
 inline Tensor new_gradient(const Tensor& logits) {
   Tensor gradient = torch::stable::new_empty(logits, shape_of(logits));
 #if defined(__linux__)
