@@ -1,6 +1,6 @@
 """Reads what nvcc -Xptxas=-v printed, writes one line per kernel, and fails on a register spill.
 
-python .ci/ptxas.py build/ci/cuda.log build/ptxas.txt
+python .ci/ptxas.py build/ci/build.log build/ptxas.txt
 """
 
 from __future__ import annotations
