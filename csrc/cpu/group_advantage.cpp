@@ -199,6 +199,7 @@ extern const GroupAdvantageRows group_advantage_rows = {groups<float>, groups<do
 #include <atomic>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "common/advantage_call.h"
@@ -262,26 +263,50 @@ void order_by(const int64_t* ids, int64_t rows, int64_t count, std::vector<int64
 
 // Scattered groups whose ids, less `least`, are below `count`: rows are dealt into buckets of
 // neighbouring ids, each bucket is ordered and run by itself, and its results are taken back in the
-// order in which its rows were dealt.
+// order in which its rows were dealt. Every thread deals a range of the rows to places of its own,
+// so that a bucket holds them as they came.
 template <typename T>
 struct Buckets {
   const AdvantageTensors<T>& p;
   int64_t least, count;
   int shift = 0;  // of an id, to its bucket
-  std::vector<int64_t> starts;
-  std::unique_ptr<int64_t[]> ids;
-  std::unique_ptr<T[]> rewards, weights, advantage, mean, deviation;
+  int64_t buckets = 1, ranges = 1;
+  std::vector<int64_t> places = {};  // (ranges, buckets): where the first such row goes
+  std::unique_ptr<int64_t[]> ids = {};
+  std::unique_ptr<T[]> rewards = {}, weights = {}, advantage = {}, mean = {}, deviation = {};
 
-  int64_t bucket(int64_t row) const {
-    return int64_t((uint64_t(p.group[row]) - uint64_t(least)) >> shift);
+  uint64_t id(int64_t row) const { return uint64_t(p.group[row]) - uint64_t(least); }
+
+  // visit(row, next) for every row, where next[bucket] is the place of its next row.
+  template <typename Visit>
+  void for_each_row(const Visit& visit) {
+    torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        std::vector<int64_t> next(places.begin() + r * buckets, places.begin() + (r + 1) * buckets);
+        const int64_t last = p.rows * (r + 1) / ranges;
+        for (int64_t row = p.rows * r / ranges; row < last; ++row)
+          visit(row, next[id(row) >> shift]++);
+      }
+    });
   }
 
   void deal() {
     // As many ids a bucket as hold kBucketRows rows on average.
     while (((count - 1) >> shift) + 1 > p.rows / kBucketRows + 1) ++shift;
-    starts.assign(((count - 1) >> shift) + 2, 0);
-    for (int64_t row = 0; row < p.rows; ++row) ++starts[bucket(row) + 1];
-    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    buckets = ((count - 1) >> shift) + 1;
+    if (p.rows > kBucketRows) ranges = torch::stable::get_num_threads();
+    places.assign(ranges * buckets, 0);
+    torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        std::vector<int64_t> found(buckets);
+        const int64_t last = p.rows * (r + 1) / ranges;
+        for (int64_t row = p.rows * r / ranges; row < last; ++row) ++found[id(row) >> shift];
+        std::copy(found.begin(), found.end(), places.begin() + r * buckets);
+      }
+    });
+    int64_t place = 0;
+    for (int64_t b = 0; b < buckets; ++b)
+      for (int64_t r = 0; r < ranges; ++r) place += std::exchange(places[r * buckets + b], place);
     ids.reset(new int64_t[p.rows]);
     for (auto* column : {&rewards, &advantage}) column->reset(new T[p.rows]);
     if (p.weights != nullptr) weights.reset(new T[p.rows]);
@@ -289,23 +314,21 @@ struct Buckets {
       mean.reset(new T[p.rows]);
       deviation.reset(new T[p.rows]);
     }
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
     const uint64_t low = (uint64_t(1) << shift) - 1;
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const int64_t to = next[bucket(row)]++;
-      ids[to] = int64_t((uint64_t(p.group[row]) - uint64_t(least)) & low);
+    for_each_row([&](int64_t row, int64_t to) {
+      ids[to] = int64_t(id(row) & low);
       rewards[to] = p.rewards[row];
       if (weights) weights[to] = p.weights[row];
-    }
+    });
   }
 
   void run_all(SharedFaults& shared) {
-    const int64_t buckets = int64_t(starts.size()) - 1;
     parallel_units(buckets, kBucketRows, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> next, order;
       AdvantageFaults faults = {0, -1, -1};
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = starts[b], rows = starts[b + 1] - first;
+        const int64_t first = places[b];
+        const int64_t rows = (b + 1 < buckets ? places[b + 1] : p.rows) - first;
         order.resize(rows);
         order_by(ids.get() + first, rows, int64_t(1) << shift, next, order.data());
         AdvantageTensors<T> part = p;
@@ -326,14 +349,12 @@ struct Buckets {
   }
 
   void take_back() {
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const int64_t from = next[bucket(row)]++;
+    for_each_row([&](int64_t row, int64_t from) {
       p.advantage[row] = advantage[from];
-      if (!mean) continue;
+      if (!mean) return;
       p.mean[row] = mean[from];
       p.deviation[row] = deviation[from];
-    }
+    });
   }
 };
 
@@ -342,7 +363,7 @@ void run_scattered(AdvantageTensors<T> p, SharedFaults& shared) {
   const auto [least, most] = std::minmax_element(p.group, p.group + p.rows);
   const uint64_t range = uint64_t(*most) - uint64_t(*least);
   if (range < 4 * uint64_t(p.rows)) {
-    Buckets<T> buckets{p, *least, int64_t(range) + 1, 0, {}, {}, {}, {}, {}, {}, {}};
+    Buckets<T> buckets{p, *least, int64_t(range) + 1};
     buckets.deal();
     buckets.run_all(shared);
     buckets.take_back();

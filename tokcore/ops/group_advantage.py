@@ -75,7 +75,8 @@ def group_advantage(
             scored where one of them is.
         group: a size G, for groups of G rows in a row, or ids (B,) int64 or int32, in any order.
         center, scale: as above.
-        ddof: 1 (the sample's deviation) or 0 (the population's).
+        ddof: 1 (the sample's deviation) or 0 (the population's). The deviation of fewer than
+            ddof + 1 rewards is 0.
         eps: >= 0, added to a standard deviation.
         weights: F weights of the reward functions. Default: all 1.
         combine: "sum_then_normalize" takes the weighted sum of the rewards of a row, then the
@@ -383,7 +384,7 @@ def _reference(
             value = value / r.mean() if r.mean() > 0 else torch.zeros_like(r)
         elif scale != "none":
             spread = r if scale == "std" else everyone
-            value = value / (spread.std(correction=ddof) + eps)
+            value = value / ((spread.std(correction=ddof) if len(spread) > ddof else 0) + eps)
         advantage[rows] = value
     return advantage
 
