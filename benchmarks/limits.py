@@ -8,7 +8,8 @@ For each shape, dtype and pass, milliseconds of
     exponentials as many as the operator must take, from the first-level cache on all threads
     resident     the operator on rows that stay in the last-level cache, by one thread, scaled to
                  all rows and threads: its arithmetic and its instructions, without memory and
-                 without the wait for a second thread, which would be most of so short a call
+                 without the wait for a second thread, which would be most of so short a call. What
+                 a call costs beside its rows is scaled with them: no lower bound
     cold         the operator itself, in place where there is a gradient, caches empty
 Where `resident` is near `cold`, instructions are the limit and not memory; where it is near
 `exponentials` as well, only a cheaper exponential helps. --perf samples the operator, there with a
