@@ -92,8 +92,7 @@ def _packed_row_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     wrong = ends != safe
     wrong = torch.cat([wrong[:1] | (ends[:1] != 0), wrong[1:]])
     wrong = torch.cat([wrong[:-1], wrong[-1:] | (ends[-1:] != total)])
-    may_look = values.device.type == "cpu" or os.environ.get("TOKCORE_DEBUG", "0") not in ("", "0")
-    if may_look and not torch.compiler.is_compiling() and bool(wrong.any()):
+    if may_look(values) and bool(wrong.any()):
         raise ValueError(
             f"row_sum: cu_seqlens must rise from 0 to the {total} packed values without falling, "
             f"got {ends.tolist()}"
@@ -101,6 +100,14 @@ def _packed_row_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     # segment_reduce adds in a fixed order; index_add would use float atomics on a GPU.
     sums = torch.segment_reduce(values, "sum", offsets=safe, initial=0.0, unsafe=True)
     return sums.masked_fill(wrong[1:] | wrong[:-1], float("nan"))
+
+
+def may_look(values: Tensor) -> bool:
+    """Whether values may be looked at in order to refuse them: on the CPU, and under
+    TOKCORE_DEBUG=1. Elsewhere looking would stall the device, and under torch.compile it cannot be.
+    """
+    debug = os.environ.get("TOKCORE_DEBUG", "0") not in ("", "0")
+    return (values.device.type == "cpu" or debug) and not torch.compiler.is_compiling()
 
 
 def pad_rows(rows: Sequence[Tensor], value: int, *, left: bool = False) -> Tensor:

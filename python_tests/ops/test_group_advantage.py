@@ -31,7 +31,7 @@ def lengths_of(center, lengths):
     return {"lengths": lengths} if center == "length_weighted_mean" else {}
 
 
-def close(got, want, **tolerance):
+def assert_equal(got, want, **tolerance):
     torch.testing.assert_close(got.cpu(), torch.as_tensor(want, dtype=got.dtype), **tolerance)
 
 
@@ -65,21 +65,21 @@ def test_rules_by_hand(backend, center, scale, ddof):
     options |= lengths_of(center, ids(backend, *LENGTHS))
     want = [value / DIVIDED[scale, ddof] for value in CENTERED[center]]
     got = group_advantage(row(backend, *REWARDS), ids(backend, *GROUP), **options)
-    close(got, want, rtol=1e-14, atol=0)
+    assert_equal(got, want, rtol=1e-14, atol=0)
 
 
 def test_groups_of_one_size_are_rows_in_a_row(backend):
     rewards = row(backend, 1.0, 3.0, 7.0, 4.0)
-    close(group_advantage(rewards, 2, scale="none"), [-1.0, 1.0, 1.5, -1.5])
-    close(group_advantage(rewards, 4, scale="none"), [-2.75, -0.75, 3.25, 0.25])
-    close(group_advantage(rewards, 1), [0.0] * 4)
+    assert_equal(group_advantage(rewards, 2, scale="none"), [-1.0, 1.0, 1.5, -1.5])
+    assert_equal(group_advantage(rewards, 4, scale="none"), [-2.75, -0.75, 3.25, 0.25])
+    assert_equal(group_advantage(rewards, 1), [0.0] * 4)
 
 
 def test_the_defaults_are_those_of_grpo(backend):
     r = torch.randn(6, 4, dtype=torch.float64)
     want = (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-4)
     got = group_advantage(r.flatten().to(backend.device), 4)
-    close(got, want.flatten(), rtol=1e-13, atol=1e-14)
+    assert_equal(got, want.flatten(), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_defaults_are_those_of_grpo(backend):
     ],
 )
 def test_scale_by_the_mean(backend, rewards, want):
-    close(group_advantage(row(backend, *rewards), 2, scale="mean"), want)
+    assert_equal(group_advantage(row(backend, *rewards), 2, scale="mean"), want)
 
 
 @pytest.mark.parametrize(("center", "scale"), [rule for rule in RULES if rule[0] != "none"])
@@ -129,11 +129,11 @@ def test_unscored_rewards_count_in_nothing(backend):
     )
     result = group_advantage(rewards, group, eps=0.0, return_statistics=True)
     half = math.sqrt(0.5)
-    close(result.advantage, [-half, 0, half, 0, 0, -half, half])
-    close(result.mean, [2.0, 2, 2, NAN, NAN, 6, 6], equal_nan=True)
-    close(result.std, [2 * half] * 3 + [0, 0] + [4 * half] * 2)
+    assert_equal(result.advantage, [-half, 0, half, 0, 0, -half, half])
+    assert_equal(result.mean, [2.0, 2, 2, NAN, NAN, 6, 6], equal_nan=True)
+    assert_equal(result.std, [2 * half] * 3 + [0, 0] + [4 * half] * 2)
     batch = group_advantage(rewards, group, scale="batch_std", eps=0.0)
-    close(batch, [x / math.sqrt(26 / 3) for x in (-1, 0, 1, 0, 0, -2, 2)])
+    assert_equal(batch, [x / math.sqrt(26 / 3) for x in (-1, 0, 1, 0, 0, -2, 2)])
 
 
 def test_statistics_are_those_of_each_rows_group(backend):
@@ -141,8 +141,8 @@ def test_statistics_are_those_of_each_rows_group(backend):
         row(backend, *REWARDS), ids(backend, *GROUP), ddof=0, return_statistics=True
     )
     assert isinstance(result, GroupAdvantage)
-    close(result.mean, [3.0, 5, 3, 3, 5])
-    close(result.std, [math.sqrt(14 / 3) if g == 0 else 0.0 for g in GROUP])
+    assert_equal(result.mean, [3.0, 5, 3, 3, 5])
+    assert_equal(result.std, [math.sqrt(14 / 3) if g == 0 else 0.0 for g in GROUP])
     alone = group_advantage(row(backend, 7.0), 1, scale="none", return_statistics=True)
     assert [value.item() for value in alone] == [0.0, 7.0, 0.0]
 
@@ -163,8 +163,8 @@ COLUMNS = [[1.0, NAN], [3.0, 1.0], [2.0, 0.0], [NAN, NAN]]
 
 def test_weighted_sums_then_advantage(backend):
     rewards = row(backend, *COLUMNS)
-    close(group_advantage(rewards, 2, scale="none"), [-1.5, 1.5, 0, 0])  # 1, 4; 2, unscored
-    close(group_advantage(rewards, 2, scale="none", weights=(2.0, -1.0)), [-1.5, 1.5, 0, 0])
+    assert_equal(group_advantage(rewards, 2, scale="none"), [-1.5, 1.5, 0, 0])  # 1, 4; 2, unscored
+    assert_equal(group_advantage(rewards, 2, scale="none", weights=(2.0, -1.0)), [-1.5, 1.5, 0, 0])
     none = group_advantage(rewards, 2, center="none", scale="none", weights=[1, 10])
     assert none.tolist() == [1.0, 13.0, 2.0, 0.0]
 
@@ -175,12 +175,12 @@ def test_advantages_of_each_function_then_their_sum(backend):
     half = math.sqrt(0.5)
     q = row(backend, -half + 3 * half, half - 3 * half, -3 * half, 3 * half)
     got = group_advantage(row(backend, *columns), 2, **options)
-    close(got, (q / q.std()).cpu(), rtol=1e-14, atol=1e-15)
+    assert_equal(got, (q / q.std()).cpu(), rtol=1e-14, atol=1e-15)
     # what one function does not score, the other does; a row that none scores is out of the batch
     part = [[1.0, NAN], [3.0, NAN], [NAN, NAN], [2.0, 6.0], [4.0, 8.0]]
     q = row(backend, -half, half, -4 * half, 4 * half)
     got = group_advantage(row(backend, *part), ids(backend, 0, 0, 1, 1, 1), **options)
-    close(got[[0, 1, 3, 4]], (q / q.std()).cpu(), rtol=1e-14, atol=1e-15)
+    assert_equal(got[[0, 1, 3, 4]], (q / q.std()).cpu(), rtol=1e-14, atol=1e-15)
     assert got[2] == 0
 
 
@@ -239,7 +239,7 @@ def test_tiny_spreads_keep_their_digits(backend, combine, base):
         want = (want - want.mean()) / (want.std() + 1e-4)
     got = group_advantage(rewards.to(backend.device), 6, combine=combine)
     # one rounding to float32, and 1e-10 of the double sums about a mean of 1e-6
-    close(got.double(), want.flatten(), rtol=2**-24 + 1e-9, atol=1e-15)
+    assert_equal(got.double(), want.flatten(), rtol=2**-24 + 1e-9, atol=1e-15)
 
 
 @st.composite
@@ -313,7 +313,7 @@ def test_sizes(backend, size, scale):
                 contiguous=contiguous,
                 **of,
             )
-            close(got, truth, rtol=1e-11, atol=1e-12)
+            assert_equal(got, truth, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 5])
@@ -330,5 +330,5 @@ def test_many_groups_of_one_size(backend, size, center):
     for dtype in (torch.float64, torch.float32):
         got = group_advantage(rewards.flatten().to(backend.device, dtype), size, center=center)
         tolerance = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {}
-        close(got, truth.to(dtype), **tolerance)
+        assert_equal(got, truth.to(dtype), **tolerance)
         assert (got.view(37, size)[21:23] == 0).all()
