@@ -5,7 +5,8 @@
 
 For each shape, dtype and pass, milliseconds of
     floor        the same bytes read (and written) by loops that do nothing else
-    exponentials as many as the operator must take, from the first-level cache on all threads
+    exponentials as many as the operator must take (rewards: none), from the first-level cache on
+                 all threads
     resident     the operator on rows that stay in the last-level cache, by one thread, scaled to
                  all rows and threads: its arithmetic and its instructions, without memory and
                  without the wait for a second thread, which would be most of so short a call. What
@@ -68,7 +69,7 @@ def profile(clock, suite, shape, dtype, pass_name):
         torch.set_num_threads(threads)
     row = {name: measure.summary(seconds)["ms"] for name, seconds in samples.items()}
     sweeps = 1 if pass_name == FORWARD else 2
-    count = sweeps * suite.streams * inputs[0].numel()
+    count = sweeps * suite.streams * inputs[0].numel() * (shape.vocabulary > 1)
     row["exponentials"] = round(1e3 * count / clock.floors.exponentials_per_second(), 4)
     return row | {"noisy": noise.get("noisy", False)}
 
@@ -120,12 +121,12 @@ def table(rows):
 
 
 def parse(arguments):
-    names = ["token_logprob", "sequential_kl"]
+    names = ["token_logprob", "sequential_kl", *bars.ADVANTAGES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(MODELS))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=[*MODELS, "1e5", "1e7"])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--perf", action="store_true", help="name the functions")
     parser.add_argument("--out", type=Path, help="limits.json of the device")
@@ -142,8 +143,7 @@ def main(arguments=None):
     clock, rows = measure.CpuClock(), []
     for name in options.only:
         suite = suites()[name]
-        groups = [(s, d, p) for s in options.shapes for d in options.dtypes for p in suite.passes]
-        for shape, dtype, pass_name in groups:
+        for shape, dtype, pass_name in suite.groups(options.shapes, options.dtypes):
             row = {"what": f"{name}, {shape}, {dtype}, {pass_name}"}
             row |= profile(clock, suite, SHAPES[shape], DTYPES[dtype], pass_name)
             if options.perf:
