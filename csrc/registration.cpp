@@ -84,4 +84,24 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "group_advantage(Tensor rewards, Tensor? group, Tensor? order, Tensor? weights, "
       "int group_size, int center, int scale, int ddof, int singleton, float eps, bool contiguous, "
       "bool with_statistics) -> (Tensor advantage, Tensor mean, Tensor deviation)");
+
+  // Paths through matrices (B, M, L) of unequal sizes, row_lengths and column_lengths (B,); sums
+  // are float64 where `wide`. Ties and outputs: common/lattice.h and the headers of each name.
+  // dtw: cost (B,) of the cheapest path of steps (1, 1), (1, 0), (0, 1); path (B, M + L - 1, 2),
+  // path_length (B,).
+  m.def(
+      "dtw(Tensor cost, Tensor? row_lengths, Tensor? column_lengths, bool wide) -> (Tensor "
+      "total, Tensor path, Tensor path_length)");
+  // monotonic_search: score (B,) of the best path with one row a column, the same as before or the
+  // next; rows (B, L), durations (B, M).
+  m.def(
+      "monotonic_search(Tensor scores, Tensor? row_lengths, Tensor? column_lengths, bool wide) -> "
+      "(Tensor score, Tensor rows, Tensor durations)");
+  // monotonic_align: score (B,) of the best partition into groups of one row with several columns
+  // or one column with several rows; groups (B, M + L - 1, 4), group_count (B,), the columns of
+  // each row (B, M, 2) and the rows of each column (B, L, 2). common/monotonic_align.h.
+  m.def(
+      "monotonic_align(Tensor scores, Tensor? row_lengths, Tensor? column_lengths, float "
+      "length_penalty, bool wide) -> (Tensor score, Tensor groups, Tensor group_count, Tensor "
+      "row_ranges, Tensor column_ranges)");
 }

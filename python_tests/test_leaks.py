@@ -16,7 +16,10 @@ import torch
 from tokcore import _library
 from tokcore.ops import (
     PolicyLoss,
+    dtw,
     group_advantage,
+    monotonic_align,
+    monotonic_search,
     policy_loss,
     sequential_kl,
     token_logprob,
@@ -94,15 +97,30 @@ def step_group_advantage(x, y, target, column, inplace):
     return sum(value.sum() for value in result)
 
 
+def align(operator):
+    """A target of 7 asks for more rows than there are."""
+
+    def step(x, y, target, column, inplace):
+        result = operator(y.unsqueeze(0).repeat(2, 1, 1), target.clamp(0, 7))
+        return sum(value.sum() for value in result)
+
+    return step
+
+
 STEPS = {
     "token_logprob": step_token_logprob,
     "sequential_kl": step_sequential_kl,
     "policy_loss": step_policy_loss,
     "group_advantage": step_group_advantage,
+    "dtw": align(dtw),
+    "monotonic_align": align(monotonic_align),
+    "monotonic_search": align(monotonic_search),
 }
 INPLACE = {"token_logprob", "sequential_kl"}
-# What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward.
+# What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
+# rows than there are.
 REFUSED = {"policy_loss": "cu_seqlens must rise", "group_advantage": "rewards must be finite"}
+REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
 
 
 def forward_and_backward(device, step, inplace, calls):

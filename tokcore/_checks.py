@@ -128,6 +128,55 @@ def number(operator: str, name: str, value: float, *, least: float, most: float 
         raise ValueError(f"{operator}: {name} must be in [{least}, {most}], finite, got {value}")
 
 
+def finite(operator: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{operator}: {name} must be finite, got {value}")
+
+
+def lattice(
+    operator: str,
+    name: str,
+    value: Tensor,
+    row_lengths: Tensor | None,
+    column_lengths: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """A batch of matrices of unequal sizes as the native alignment operators take it; last whether
+    they sum in float64.
+    """
+    tensor(operator, name, value)
+    floating(operator, name, value)
+    constant(operator, name, value)
+    if value.dim() != 3:
+        raise ValueError(f"{operator}: {name} must have shape (B, M, L), got {_shape(value)}")
+    if dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"{operator}: dtype must be torch.float64 or torch.float32, got {dtype!r}")
+    if value.dtype == torch.float64 and dtype == torch.float32:
+        raise TypeError(f"{operator}: dtype float32 would round {name}, got {value.dtype}")
+    rows = _lengths(operator, "row_lengths", row_lengths, value, value.shape[1])
+    columns = _lengths(operator, "column_lengths", column_lengths, value, value.shape[2])
+    wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return wide, rows, columns, dtype == torch.float64
+
+
+def _lengths(operator: str, name: str, value: Tensor | None, like: Tensor, most: int):
+    if value is None:
+        return None
+    tensor(operator, name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{operator}: {name} must be int64 or int32, got {value.dtype}")
+    if value.shape != like.shape[:1] or value.device != like.device:
+        raise ValueError(
+            f"{operator}: {name} must have shape ({like.shape[0]},) on {like.device}, got "
+            f"{_shape(value)} on {value.device}"
+        )
+    if _debug() and readable(value) and bool(((value < 0) | (value > most)).any()):
+        raise ValueError(f"{operator}: {name} must be in [0, {most}], got {value.tolist()}")
+    return value.long()
+
+
 def integer(operator: str, name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{operator}: {name} must be an int, got {value!r}")

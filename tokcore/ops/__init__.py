@@ -1,16 +1,26 @@
 """The fused operators, one file each."""
 
+from tokcore.ops.dtw import DTW, dtw
 from tokcore.ops.group_advantage import GroupAdvantage, group_advantage
+from tokcore.ops.monotonic_align import MonotonicAlignment, monotonic_align
+from tokcore.ops.monotonic_search import MonotonicSearch, maximum_path, monotonic_search
 from tokcore.ops.policy_loss import policy_loss
 from tokcore.ops.policy_loss_rules import PolicyLoss
 from tokcore.ops.sequential_kl import SequentialKL, sequential_kl
 from tokcore.ops.token_logprob import token_logprob
 
 __all__ = [
+    "DTW",
     "GroupAdvantage",
+    "MonotonicAlignment",
+    "MonotonicSearch",
     "PolicyLoss",
     "SequentialKL",
+    "dtw",
     "group_advantage",
+    "maximum_path",
+    "monotonic_align",
+    "monotonic_search",
     "policy_loss",
     "sequential_kl",
     "token_logprob",

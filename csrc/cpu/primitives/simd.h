@@ -427,5 +427,18 @@ TOKCORE_INLINE DoubleVec exp2(DoubleVec x) {
 
 constexpr double kLog2E = 1.44269504088896340736;
 
+// ---- the compiler's own vectors
+
+// a * b + c, rounded once; only where there is an instruction for it (TOKCORE_FUSED).
+#if defined(TOKCORE_ISA_AVX512)
+#define TOKCORE_FUSED 1
+TOKCORE_INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+TOKCORE_INLINE __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(TOKCORE_ISA_AVX2)
+#define TOKCORE_FUSED 1
+TOKCORE_INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+TOKCORE_INLINE __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#endif
+
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
