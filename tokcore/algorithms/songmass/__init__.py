@@ -1,2 +1,102 @@
-from tokcore.algorithms.songmass.prepare import longest_run, normalise_key, prepare_songs, quantise
+"""SongMASS, lyric-to-melody and melody-to-lyric generation (arXiv 2012.05168, AAAI 2021).
+
+Songs (song) are prepared (prepare), encoded (tokens) and cut into windows and batches (batches);
+unpaired ones are masked for song-level MASS pre-training (mass). Attention between a lyric and its
+melody is turned into an alignment (align), and songs are compared (metrics).
+"""
+
+from tokcore.algorithms.songmass.batches import (
+    Example,
+    Line,
+    Window,
+    Windows,
+    collate,
+    encode_line,
+    make_windows,
+    pair_example,
+)
+from tokcore.algorithms.songmass.mass import mass_example
+from tokcore.algorithms.songmass.prepare import (
+    KeyNormalised,
+    Prepared,
+    Quantised,
+    longest_run,
+    normalise_key,
+    prepare_songs,
+    quantise,
+)
 from tokcore.algorithms.songmass.song import Note, Song, Word, read_songs, write_songs
+from tokcore.algorithms.songmass.tokens import (
+    ALIGN,
+    BEGIN,
+    END,
+    FIRST_DURATION,
+    FIRST_PITCH,
+    MASK,
+    MELODY_SIZE,
+    PAD,
+    REST,
+    SEPARATOR,
+    SPECIALS,
+    UNKNOWN,
+    DecodedLyric,
+    DecodedMelody,
+    EncodedLyric,
+    LyricVocabulary,
+    decode_lyric,
+    decode_melody,
+    encode_lyric,
+    encode_melody,
+    lyric_vocabulary,
+    note_positions,
+    syllable_pieces,
+    words_of,
+)
+
+__all__ = [
+    "ALIGN",
+    "BEGIN",
+    "END",
+    "FIRST_DURATION",
+    "FIRST_PITCH",
+    "MASK",
+    "MELODY_SIZE",
+    "PAD",
+    "REST",
+    "SEPARATOR",
+    "SPECIALS",
+    "UNKNOWN",
+    "DecodedLyric",
+    "DecodedMelody",
+    "EncodedLyric",
+    "Example",
+    "KeyNormalised",
+    "Line",
+    "LyricVocabulary",
+    "Note",
+    "Prepared",
+    "Quantised",
+    "Song",
+    "Window",
+    "Windows",
+    "Word",
+    "collate",
+    "decode_lyric",
+    "decode_melody",
+    "encode_line",
+    "encode_lyric",
+    "encode_melody",
+    "longest_run",
+    "lyric_vocabulary",
+    "make_windows",
+    "mass_example",
+    "normalise_key",
+    "note_positions",
+    "pair_example",
+    "prepare_songs",
+    "quantise",
+    "read_songs",
+    "syllable_pieces",
+    "words_of",
+    "write_songs",
+]
