@@ -116,7 +116,7 @@ def test_the_authors_random_durations_include_the_rest():
     rests = Counter()
     for case in CASES:
         if case["lang"] == "melody":
-            for seed in range(20):
+            for seed in range(5):
                 for early in (False, True):
                     example = ours(case, seed, official_ranges=early)
                     rests[early] += (example.source[1::2] == 135).sum().item()
@@ -147,14 +147,14 @@ def test_where_spans_lie():
     """With 0.2 at either end of the segment, else anywhere: 8 of 10 places in 0.6 of the cases."""
     starts, generator = Counter(), seeded(0)
     line = [*range(7, 17), 5]
-    for _ in range(4000):
+    for _ in range(2000):
         example = mass_example(
             line, kind="lyric", size=20, mode="code", ratio=0.1, generator=generator
         )
         starts[example.target.item() - 7] += 1
     for place in range(10):
         share = 0.06 + 0.2 * (place in (0, 9))
-        assert starts[place] / 4000 == pytest.approx(share, abs=0.025)
+        assert starts[place] / 2000 == pytest.approx(share, abs=0.03)
 
 
 LINES = st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any)

@@ -35,6 +35,7 @@ from tokcore.algorithms.songmass import (
     note_positions,
     pair_example,
     syllable_pieces,
+    word_notes,
     words_of,
 )
 
@@ -309,3 +310,6 @@ def test_decoding_undoes_encoding(sentences):
         for sentence in song.sentences
     ]
     assert notes == (expected, 0, 0)
+    joined = [note for notes_of_word in word_notes(song) for note in notes_of_word]
+    assert joined == [note for sentence in expected for note in sentence]
+    assert [len(n) > 0 for n in word_notes(song)] == [True] * sum(map(len, song.sentences))

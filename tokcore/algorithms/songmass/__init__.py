@@ -5,6 +5,18 @@ unpaired ones are masked for song-level MASS pre-training (mass). Attention betw
 melody is turned into an alignment (align), and songs are compared (metrics).
 """
 
+from tokcore.algorithms.songmass.align import (
+    Group,
+    SentenceAlignment,
+    SongAlignment,
+    align_sentence,
+    align_sentences,
+    align_song,
+    aligned_song,
+    note_words,
+    piece_words,
+    real_words,
+)
 from tokcore.algorithms.songmass.batches import (
     Example,
     Line,
@@ -16,6 +28,15 @@ from tokcore.algorithms.songmass.batches import (
     pair_example,
 )
 from tokcore.algorithms.songmass.mass import mass_example
+from tokcore.algorithms.songmass.metrics import (
+    AlignmentAccuracy,
+    MelodyScores,
+    alignment_accuracy,
+    perplexity,
+    songmass_curve,
+    songmass_scores,
+    telemelody_scores,
+)
 from tokcore.algorithms.songmass.prepare import (
     KeyNormalised,
     Prepared,
@@ -50,6 +71,7 @@ from tokcore.algorithms.songmass.tokens import (
     lyric_vocabulary,
     note_positions,
     syllable_pieces,
+    word_notes,
     words_of,
 )
 
@@ -66,20 +88,30 @@ __all__ = [
     "SEPARATOR",
     "SPECIALS",
     "UNKNOWN",
+    "AlignmentAccuracy",
     "DecodedLyric",
     "DecodedMelody",
     "EncodedLyric",
     "Example",
+    "Group",
     "KeyNormalised",
     "Line",
     "LyricVocabulary",
+    "MelodyScores",
     "Note",
     "Prepared",
     "Quantised",
+    "SentenceAlignment",
     "Song",
+    "SongAlignment",
     "Window",
     "Windows",
     "Word",
+    "align_sentence",
+    "align_sentences",
+    "align_song",
+    "aligned_song",
+    "alignment_accuracy",
     "collate",
     "decode_lyric",
     "decode_melody",
@@ -92,11 +124,19 @@ __all__ = [
     "mass_example",
     "normalise_key",
     "note_positions",
+    "note_words",
     "pair_example",
+    "perplexity",
+    "piece_words",
     "prepare_songs",
     "quantise",
     "read_songs",
+    "real_words",
+    "songmass_curve",
+    "songmass_scores",
     "syllable_pieces",
+    "telemelody_scores",
+    "word_notes",
     "words_of",
     "write_songs",
 ]

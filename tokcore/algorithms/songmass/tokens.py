@@ -159,19 +159,34 @@ def encode_melody(song: Song) -> list[list[int]]:
 
     Source: microsoft/muzic:songmass/data/generate_lmd_dataset.py.
     """
-    sentences = []
-    for index, sentence in enumerate(song.sentences):
-        words = []
-        for word in sentence:
-            place = f"song {song.name!r}, sentence {index}, word {word.text!r}"
-            tokens = []
-            for note in word.notes:
-                if note.rest:
-                    tokens += [REST, _duration_token(note.rest, place)]
-                tokens += [FIRST_PITCH + note.pitch, _duration_token(note.duration, place)]
-            words.append(tokens)
-        sentences.append(_close(words))
-    return sentences
+    return [
+        _close([_note_tokens(song, index, word) for word in sentence])
+        for index, sentence in enumerate(song.sentences)
+    ]
+
+
+def word_notes(song: Song) -> list[list[tuple[int, int]]]:
+    """The (pitch, steps) of the notes and rests of each word, as telemelody_scores takes them.
+
+    Joined, ``[note for word in word_notes(song) for note in word]``, they are what songmass_scores
+    takes; so are the sentences of decode_melody.
+
+    Raises:
+        ValueError: as encode_melody.
+
+    >>> from tokcore.algorithms.songmass import Note
+    >>> word_notes(Song("s", ((Word("la", (Note(60, 1.0), Note(62, 4.0, rest=0.25))),),)))
+    [[(60, 4), (128, 1), (62, 16)]]
+    """
+    words = (
+        _note_tokens(song, index, word)
+        for index, sentence in enumerate(song.sentences)
+        for word in sentence
+    )
+    return [
+        [(p - FIRST_PITCH, d - REST) for p, d in zip(word[::2], word[1::2], strict=True)]
+        for word in words
+    ]
 
 
 def note_positions(tokens: Sequence[int]) -> list[tuple[int, int]]:
@@ -264,14 +279,20 @@ def _close(words: list[list[int]]) -> list[int]:
     return [token for word in words for token in (*word, ALIGN)] + [SEPARATOR]
 
 
-def _duration_token(beats: float, place: str) -> int:
-    steps = beats / STEP
-    if not 1 <= steps <= CAP / STEP or steps != int(steps):
-        raise ValueError(
-            f"encode_melody: durations and rests must be multiples of {STEP} beats up to {CAP} "
-            f"(quantise the song first), got {beats} in {place}"
-        )
-    return FIRST_DURATION + int(steps) - 1
+def _note_tokens(song: Song, sentence: int, word: Word) -> list[int]:
+    tokens = []
+    for note in word.notes:
+        for pitch, beats in ((REST, note.rest), (FIRST_PITCH + note.pitch, note.duration)):
+            steps = beats / STEP
+            if not 0 <= steps <= CAP / STEP or steps != int(steps):
+                raise ValueError(
+                    f"encode_melody: durations and rests must be multiples of {STEP} beats up to "
+                    f"{CAP} (quantise the song first), got {beats} in song {song.name!r}, sentence "
+                    f"{sentence}, word {word.text!r}"
+                )
+            if steps:  # of a rest only: no note is without a duration
+                tokens += [pitch, FIRST_DURATION + int(steps) - 1]
+    return tokens
 
 
 def _sentences(
