@@ -102,19 +102,19 @@ def mass_example(
 
 
 def _code_example(tokens, sentences, spans, corrupt) -> Example:
+    spans = [torch.arange(*span) for span in spans]
+    inside = torch.cat(spans)
     source = tokens.clone()
+    source[inside] = corrupt(tokens[inside])
+    # Of a melody, the token before a pitch is a duration: turned by one, notes are whole again (the
+    # last one with the duration before the span), and are drawn as notes.
+    turned = torch.cat([span.roll(-1) for span in spans])
     previous = torch.cat([torch.tensor([END]), tokens[:-1]])
-    inputs = []
-    for start, end in spans:
-        source[start:end] = corrupt(tokens[start:end])
-        # Of a melody, the token before a pitch is a duration: turned by one, notes are whole again
-        # (the last one with the duration before the span), and are drawn as notes.
-        inputs.append(corrupt(previous[start:end].roll(-1)).roll(1))
-    inside = torch.cat([torch.arange(*span) for span in spans])
+    previous[turned] = corrupt(previous[turned])
     return Example(
         *_close_source(source, sentences),
         source_words=None,
-        previous=torch.cat(inputs),
+        previous=previous[inside],
         target=tokens[inside],
         target_sentences=sentences[inside],
         target_words=None,
