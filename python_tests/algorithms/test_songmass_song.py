@@ -49,6 +49,7 @@ def test_a_wrong_note_is_refused(arguments, message):
 def test_syllables_are_one_for_each_note():
     notes = (Note(60, 1), Note(62, 1))
     assert Word("glo", notes, ("glo", "")).syllables == ("glo", "")
+    assert Word("", notes, ("", "")).syllables == ("", "")
     with pytest.raises(ValueError, match="one for each of the 2 notes of 'gloria'"):
         Word("gloria", notes, ("glo", "ri", "a"))
     with pytest.raises(ValueError, match="first of the syllables must not be empty"):
@@ -215,15 +216,16 @@ TIMES = st.one_of(
     st.floats(0.01, 100), st.fractions(Fraction(1, 24), 9, max_denominator=24), st.integers(1, 9)
 )
 NOTES = st.builds(Note, st.integers(0, 127), TIMES, st.one_of(st.just(0.0), TIMES))
-TEXTS = st.text(st.sampled_from("aé'ß:|#\\ =_/.-0"), max_size=5)
+TEXTS = st.just("") | st.text(st.sampled_from("aé'ß:|#\\ =_/.-0"), max_size=5)
 
 
 @st.composite
 def words(draw) -> Word:
     notes = tuple(draw(st.lists(NOTES, max_size=3)))
     syllables = tuple(draw(TEXTS) for _ in notes)
-    if syllables and syllables[0] and draw(st.booleans()):
-        return Word("".join(syllables), notes, syllables)
+    text = "".join(syllables)
+    if syllables and (syllables[0] or not text) and draw(st.booleans()):
+        return Word(text, notes, syllables)
     return Word(draw(TEXTS), notes)
 
 

@@ -41,8 +41,8 @@ class Note:
 class Word:
     """A word and the notes it is sung on.
 
-    syllables holds one string for each note, '' on the later notes of a melisma; it is empty where
-    nobody knows which syllable is sung on which note.
+    syllables holds one string for each note, '' on the later notes of a melisma (and throughout
+    where there is no text); it is empty where nobody knows which syllable is sung on which note.
 
     >>> word = Word("gloria", (Note(60, 1), Note(62, 1), Note(64, 1), Note(60, 2)),
     ...             ("glo", "", "ri", "a"))
@@ -58,7 +58,7 @@ class Word:
                 f"Word: syllables must be one for each of the {len(self.notes)} notes of "
                 f"{self.text!r}, or none, got {self.syllables}"
             )
-        if self.syllables and not self.syllables[0]:
+        if self.text and self.syllables and not self.syllables[0]:
             raise ValueError(
                 f"Word: the first of the syllables must not be empty, got {self.syllables}"
             )
@@ -169,7 +169,8 @@ def _format_word(word: Word, song: str) -> str:
             f"{song!r}"
         )
     parts = [_escape(part) for part in word.syllables or (word.text,)]
-    text = ("|" if len(word.syllables) == 1 else "") + "|".join(parts) + ":"
+    marked = len(word.syllables) == 1 or (word.syllables and not parts[0])
+    text = ("|" if marked else "") + "|".join(parts) + ":"
     for note in word.notes:
         text += f" _/{_format_time(note.rest)}" if note.rest else ""
         text += f" {note.pitch}/{_format_time(note.duration)}"
@@ -226,5 +227,5 @@ def _parse_word(text: str, notes: tuple[Note, ...]) -> Word:
     parts = [_unescape(part) for part in re.findall(r"\|((?:[^|\\]|\\.)*)", "|" + text)]
     known = len(parts) > 1
     if known and not parts[0]:
-        parts = parts[1:]  # the | before a single syllable
+        parts = parts[1:]  # the | before a single syllable, or before an empty one
     return Word("".join(parts), notes, tuple(parts) if known else ())
