@@ -104,4 +104,16 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "monotonic_align(Tensor scores, Tensor? row_lengths, Tensor? column_lengths, float "
       "length_penalty, bool wide) -> (Tensor score, Tensor groups, Tensor group_count, Tensor "
       "row_ranges, Tensor column_ranges)");
+  // segment_attention: attention of queries (B, H, T, D) to the keys (B, H, S, D) of equal segment.
+  // With words also the constraint (B, T) on the mean of the heads' weights; that mean, weights (B,
+  // T, S), on request. stats (B, H, T, 2) = maximum of the scores, sum of exponentials above it.
+  m.def(
+      "segment_attention(Tensor query, Tensor key, Tensor value, Tensor query_segments, "
+      "Tensor key_segments, Tensor? query_words, Tensor? key_words, float scale, "
+      "bool with_weights) -> (Tensor output, Tensor constraint, Tensor weights, Tensor stats)");
+  m.def(
+      "segment_attention_backward(Tensor grad_output, Tensor? grad_constraint, Tensor query, "
+      "Tensor key, Tensor value, Tensor query_segments, Tensor key_segments, Tensor? query_words, "
+      "Tensor? key_words, Tensor stats, float scale) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value)");
 }

@@ -6,6 +6,7 @@ from tokcore.ops.monotonic_align import MonotonicAlignment, monotonic_align
 from tokcore.ops.monotonic_search import MonotonicSearch, maximum_path, monotonic_search
 from tokcore.ops.policy_loss import policy_loss
 from tokcore.ops.policy_loss_rules import PolicyLoss
+from tokcore.ops.segment_attention import SegmentAttention, segment_attention
 from tokcore.ops.sequential_kl import SequentialKL, sequential_kl
 from tokcore.ops.token_logprob import token_logprob
 
@@ -15,6 +16,7 @@ __all__ = [
     "MonotonicAlignment",
     "MonotonicSearch",
     "PolicyLoss",
+    "SegmentAttention",
     "SequentialKL",
     "dtw",
     "group_advantage",
@@ -22,6 +24,7 @@ __all__ = [
     "monotonic_align",
     "monotonic_search",
     "policy_loss",
+    "segment_attention",
     "sequential_kl",
     "token_logprob",
 ]
