@@ -15,7 +15,7 @@
 namespace tokcore {
 
 // Positions of a run at most, and rows of a tile, which with two of it stays in the first cache.
-constexpr int64_t kRun = 16, kTile = 32;
+constexpr int64_t kRun = 32, kTile = 32;
 // Pairs of a run with what it matches, at most (of one position: as many as there are).
 constexpr int64_t kPairs = 16384;
 
