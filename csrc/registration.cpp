@@ -106,7 +106,7 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "row_ranges, Tensor column_ranges)");
   // segment_attention: attention of queries (B, H, T, D) to the keys (B, H, S, D) of equal segment.
   // With words also the constraint (B, T) on the mean of the heads' weights; that mean, weights (B,
-  // T, S), on request. stats (B, H, T, 2) = maximum of the scores, sum of exponentials above it.
+  // T, S), on request. stats (B, H, T, 2) = maximum of the scores, inverse sum of exponentials.
   m.def(
       "segment_attention(Tensor query, Tensor key, Tensor value, Tensor query_segments, "
       "Tensor key_segments, Tensor? query_words, Tensor? key_words, float scale, "

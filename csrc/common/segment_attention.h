@@ -14,15 +14,16 @@ namespace tokcore {
 namespace {
 
 // All contiguous: rows (B, H, T or S, D) of the storage type, ids (B, T or S), statistics in the
-// accumulation type. A row's weights are exp(score - maximum) / sum: with that pair the backward
-// finds the weights of the forward again, bit for bit.
+// accumulation type. A row's weights are exp(score - maximum) times the inverse of their sum:
+// with that pair the backward finds the weights of the forward again, where a log of the sum at the
+// maximum's size would have rounded them away.
 struct SegmentTensors {
   int64_t batch, heads, queries, keys, dim;
   double scale;
   const void *query, *key, *value;
   const int64_t *query_segments, *key_segments;
   const int64_t *query_words, *key_words;  // null: no constraint
-  void* stats;                             // (B, H, T, 2): maximum, sum
+  void* stats;                             // (B, H, T, 2): maximum, inverse of the sum
   // forward
   void *output, *constraint, *weights;  // weights (B, T, S) null: not wanted
   // backward

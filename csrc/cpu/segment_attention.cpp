@@ -63,18 +63,18 @@ TOKCORE_INLINE S exponentials(S* x, int64_t n, S max) {
   return reduce_add(sum);
 }
 
-// The same against a maximum and by a sum for each entry.
+// The same against a maximum, and times an inverse, for each entry.
 template <typename S>
-TOKCORE_INLINE void weights_again(S* x, int64_t n, const S* max, const S* sum) {
+TOKCORE_INLINE void weights_again(S* x, int64_t n, const S* max, const S* inverse) {
   using V = Vec<S>;
   const V to_log2 = V::all(S(kLog2E));
-  V a, b, top_a, top_b, sum_a, sum_b;
+  V a, b, top_a, top_b, inverse_a, inverse_b;
   for (int64_t j = 0; j < n; j += kUnit<S>) {
     load_unit(x + j, n - j, a, b);
     load_unit(max + j, n - j, top_a, top_b);
-    load_unit(sum + j, n - j, sum_a, sum_b);
-    store_unit(x + j, n - j, false, exp2((a - top_a) * to_log2) / sum_a,
-               exp2((b - top_b) * to_log2) / sum_b);
+    load_unit(inverse + j, n - j, inverse_a, inverse_b);
+    store_unit(x + j, n - j, false, exp2((a - top_a) * to_log2) * inverse_a,
+               exp2((b - top_b) * to_log2) * inverse_b);
   }
 }
 
@@ -194,7 +194,7 @@ void forward_run(const SegmentAttentionParams& p, const Run& run) {
     for (int64_t i = 0; i < run.count; ++i) {
       const S max = n > 0 ? block_max(weight + i * n, n) : S(0);
       stats[2 * i] = max;
-      stats[2 * i + 1] = exponentials(weight + i * n, n, max);
+      stats[2 * i + 1] = n > 0 ? S(1) / exponentials(weight + i * n, n, max) : S(0);
     }
     fill(out, of_run, S(0));
     for (int64_t j = 0; j < n; j += kTile) {
@@ -203,9 +203,10 @@ void forward_run(const SegmentAttentionParams& p, const Run& run) {
       combine(weight + j, n, run.count, tile, count, width, out);
     }
     for (int64_t i = 0; i < run.count; ++i) {
-      const S sum = n > 0 ? stats[2 * i + 1] : S(1);
-      pack(out + i * width, sum, p.dim, static_cast<T*>(p.output) + (row + run.first + i) * p.dim);
-      for (int64_t j = 0; with_mean && j < n; ++j) mean[i * n + j] += weight[i * n + j] / sum;
+      const S inverse = stats[2 * i + 1];
+      pack(out + i * width, inverse, p.dim,
+           static_cast<T*>(p.output) + (row + run.first + i) * p.dim);
+      for (int64_t j = 0; with_mean && j < n; ++j) mean[i * n + j] += weight[i * n + j] * inverse;
     }
   }
   for (int64_t i = 0; i < run.count; ++i) {
@@ -238,7 +239,7 @@ void gradient_run(const SegmentAttentionParams& p, const Run& run) {
   const int64_t pairs = run.count * n;
   Carver<S> scratch{static_cast<S*>(p.scratch)};
   S *x = scratch.take(of_run), *out = scratch.take(of_run), *tile = scratch.take(kTile * width);
-  S *max = scratch.take(n), *sum = scratch.take(n), *delta = scratch.take(n);
+  S *max = scratch.take(n), *inverse = scratch.take(n), *delta = scratch.take(n);
   S *pull = scratch.take(pairs), *slope = scratch.take(pairs);
   S* weight = scratch.take(p.heads * pairs);
   const S scale = S(p.scale);
@@ -276,14 +277,14 @@ void gradient_run(const SegmentAttentionParams& p, const Run& run) {
     const S* stats = static_cast<const S*>(p.stats) + 2 * p.query_row(run.b, h, 0);
     for (int64_t j = 0; kOfKeys && j < n; ++j) {
       max[j] = stats[2 * p.list[j]];
-      sum[j] = stats[2 * p.list[j] + 1];
+      inverse[j] = stats[2 * p.list[j] + 1];
     }
     for (int64_t i = 0; i < run.count; ++i) {
       if (!kOfKeys) {
         fill(max, n, stats[2 * (run.first + i)]);
-        fill(sum, n, stats[2 * (run.first + i) + 1]);
+        fill(inverse, n, stats[2 * (run.first + i) + 1]);
       }
-      weights_again(here + i * n, n, max, sum);
+      weights_again(here + i * n, n, max, inverse);
     }
     for (int64_t k = 0; p.grad_constraint != nullptr && k < pairs; ++k) pull[k] += here[k];
   }

@@ -1,7 +1,7 @@
 // Attention within segments. A warp takes a query and a head, and finds its keys by their ids, 32
 // at a time; a lane holds every 32nd entry of a row. Segments are short, so a row of keys is read
 // from a near cache by each of its queries. What the constraint needs of all heads is a block's
-// work: it is found from the scores again, as the saved maximum and sum of a row give its weights.
+// work: it is found from the scores again, as what is saved of a row gives its weights.
 #include <torch/csrc/stable/library.h>
 
 #include "common/namespace.h"
@@ -87,7 +87,7 @@ template <typename acc_t>
 __device__ __forceinline__ acc_t weight_of(const SegmentTensors& p, int64_t query_row,
                                            acc_t score) {
   const acc_t* const stats = static_cast<const acc_t*>(p.stats) + 2 * query_row;
-  return exp2_of((score - stats[0]) * acc_t(kLog2E)) / stats[1];
+  return exp2_of((score - stats[0]) * acc_t(kLog2E)) * stats[1];
 }
 
 template <typename T, int kPer>
@@ -153,15 +153,13 @@ __global__ void __launch_bounds__(kThreads) segment_attention_kernel(SegmentTens
                      max = top;
                      any = true;
                    });
-    if (any) {
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) out.entry[i] /= sum;
-    }
+    const acc_t inverse = any ? acc_t(1) / sum : acc_t(0);
+    out.multiply(inverse);
     store_row<T>(out, p.output, row, p.dim);
     if (threadIdx.x % kWarpThreads == 0) {
       acc_t* const stats = static_cast<acc_t*>(p.stats) + 2 * row;
       stats[0] = max;
-      stats[1] = sum;
+      stats[1] = inverse;
     }
   }
 }

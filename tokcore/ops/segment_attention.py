@@ -101,7 +101,8 @@ def segment_attention(
         _check_ids(op, "words", query_words, key_words, query, key)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    _checks.number(op, "scale", scale, least=-torch.inf)
+    else:
+        _checks.number(op, "scale", scale, least=-torch.inf)
     output, constraint, weights, _ = _library.native().segment_attention(
         query,
         key,

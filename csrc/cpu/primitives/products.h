@@ -35,14 +35,14 @@ TOKCORE_INLINE void unpack(const T* x, int64_t dim, Acc<T>* out) {
   }
 }
 
-// The other way, divided by `divisor`. Units of T are in the order in which unpack left them.
+// The other way, times `factor`. Units of T are in the order in which unpack left them.
 template <typename T>
-TOKCORE_INLINE void pack(const Acc<T>* x, Acc<T> divisor, int64_t dim, T* out) {
-  const Vec<T> d = Vec<T>::all(divisor);
+TOKCORE_INLINE void pack(const Acc<T>* x, Acc<T> factor, int64_t dim, T* out) {
+  const Vec<T> f = Vec<T>::all(factor);
   Vec<T> a, b;
   for (int64_t j = 0; j < dim; j += kUnit<T>) {
     load2(x + j, a, b);
-    store_unit(out + j, dim - j, false, a / d, b / d);
+    store_unit(out + j, dim - j, false, a * f, b * f);
   }
 }
 
