@@ -1,8 +1,10 @@
 """SongMASS, lyric-to-melody and melody-to-lyric generation (arXiv 2012.05168, AAAI 2021).
 
 Songs (song) are prepared (prepare), encoded (tokens) and cut into windows and batches (batches);
-unpaired ones are masked for song-level MASS pre-training (mass). Attention between a lyric and its
-melody is turned into an alignment (align), and songs are compared (metrics).
+unpaired ones are masked for song-level MASS pre-training (mass). A transformer (model, layers) is
+trained on both (loss) and writes melodies for lyrics and lyrics for melodies (generate). Attention
+between a lyric and its melody is turned into an alignment (align), and songs are compared
+(metrics).
 """
 
 from tokcore.algorithms.songmass.align import (
@@ -27,6 +29,8 @@ from tokcore.algorithms.songmass.batches import (
     make_windows,
     pair_example,
 )
+from tokcore.algorithms.songmass.generate import Generation, attention_matrix, generate
+from tokcore.algorithms.songmass.loss import OBJECTIVES, songmass_joint_loss, songmass_loss
 from tokcore.algorithms.songmass.mass import mass_example
 from tokcore.algorithms.songmass.metrics import (
     AlignmentAccuracy,
@@ -36,6 +40,13 @@ from tokcore.algorithms.songmass.metrics import (
     songmass_curve,
     songmass_scores,
     telemelody_scores,
+)
+from tokcore.algorithms.songmass.model import (
+    DecoderState,
+    SongMass,
+    SongMassOutput,
+    decoder_input,
+    target_sentence_ids,
 )
 from tokcore.algorithms.songmass.prepare import (
     KeyNormalised,
@@ -83,6 +94,7 @@ __all__ = [
     "FIRST_PITCH",
     "MASK",
     "MELODY_SIZE",
+    "OBJECTIVES",
     "PAD",
     "REST",
     "SEPARATOR",
@@ -91,8 +103,10 @@ __all__ = [
     "AlignmentAccuracy",
     "DecodedLyric",
     "DecodedMelody",
+    "DecoderState",
     "EncodedLyric",
     "Example",
+    "Generation",
     "Group",
     "KeyNormalised",
     "Line",
@@ -104,6 +118,8 @@ __all__ = [
     "SentenceAlignment",
     "Song",
     "SongAlignment",
+    "SongMass",
+    "SongMassOutput",
     "Window",
     "Windows",
     "Word",
@@ -112,12 +128,15 @@ __all__ = [
     "align_song",
     "aligned_song",
     "alignment_accuracy",
+    "attention_matrix",
     "collate",
     "decode_lyric",
     "decode_melody",
+    "decoder_input",
     "encode_line",
     "encode_lyric",
     "encode_melody",
+    "generate",
     "longest_run",
     "lyric_vocabulary",
     "make_windows",
@@ -133,8 +152,11 @@ __all__ = [
     "read_songs",
     "real_words",
     "songmass_curve",
+    "songmass_joint_loss",
+    "songmass_loss",
     "songmass_scores",
     "syllable_pieces",
+    "target_sentence_ids",
     "telemelody_scores",
     "word_notes",
     "words_of",
