@@ -129,7 +129,9 @@ def cpp_layer(path: Path) -> set[str]:
         # parallel.h is where torch's threads come in; it stands with its kind all the same
         torch = {stable} if rest == ["primitives", "parallel.h"] else set()
         vocabulary = {"emulation/"} if top == "cuda" else set()
-        return {"common/", f"{top}/primitives/", headers} | torch | vocabulary
+        # two operators share a launch
+        launch = {"cuda/launch.h"} if rest == ["primitives", "lattice.cuh"] else set()
+        return {"common/", f"{top}/primitives/", headers} | torch | vocabulary | launch
     own = {f"{top}/primitives/", stable, headers, "common/"}
     if top == "cuda":
         own |= {"cuda/launch.h"} | ({"emulation/launch.h"} if rest == ["launch.h"] else set())

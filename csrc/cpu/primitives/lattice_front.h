@@ -2,14 +2,13 @@
 // allocated, and items are shared out among the threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "common/lattice_call.h"
 #include "cpu/primitives/lattice_rows.h"
+#include "cpu/primitives/parallel.h"
 
 namespace tokcore {
 namespace {
