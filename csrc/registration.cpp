@@ -116,4 +116,12 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "Tensor key, Tensor value, Tensor query_segments, Tensor key_segments, Tensor? query_words, "
       "Tensor? key_words, Tensor stats, float scale) -> (Tensor grad_query, Tensor grad_key, "
       "Tensor grad_value)");
+  // edit_align: the fewest edits that turn hypothesis (..., H) into reference (..., R), integers of
+  // which lengths (...) count, ties as in tercom. distance, count (...) int32; operations
+  // (..., H + R) and tags (..., H) int8: 0 match, 1 substitution, 2 insertion, 3 deletion;
+  // gap_counts (..., H + 1) int32: deletions before each token and at the end. Padding is -1.
+  m.def(
+      "edit_align(Tensor hypothesis, Tensor reference, Tensor? hypothesis_lengths, "
+      "Tensor? reference_lengths) -> (Tensor distance, Tensor operations, Tensor count, "
+      "Tensor hypothesis_tags, Tensor gap_counts)");
 }

@@ -81,6 +81,28 @@ def mask(operator: str, value: Tensor, like: Tensor) -> None:
     _rows(operator, "mask", value, like)
 
 
+def integers(operator: str, name: str, value: Tensor) -> None:
+    tensor(operator, name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{operator}: {name} must be int64 or int32, got {value.dtype}")
+
+
+def lengths(operator: str, name: str, value: Tensor, like: Tensor) -> None:
+    """How much of each sequence of ``like`` (..., T) counts."""
+    integers(operator, name, value)
+    if value.shape != like.shape[:-1] or value.device != like.device:
+        raise ValueError(
+            f"{operator}: {name} must have shape {tuple(like.shape[:-1])} on {like.device}, got "
+            f"{_shape(value)} on {value.device}"
+        )
+    if _debug() and readable(value):
+        bad = value[(value < 0) | (value > like.shape[-1])]
+        if bad.numel() > 0:
+            raise ValueError(
+                f"{operator}: {name} must lie in [0, {like.shape[-1]}], got {bad[0].item()}"
+            )
+
+
 def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """The scalar and the per-row temperature that the native operators take; the tensor wins."""
     if not isinstance(value, Tensor):

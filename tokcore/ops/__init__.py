@@ -1,6 +1,7 @@
 """The fused operators, one file each."""
 
 from tokcore.ops.dtw import DTW, dtw
+from tokcore.ops.edit_align import EditAlign, edit_align
 from tokcore.ops.group_advantage import GroupAdvantage, group_advantage
 from tokcore.ops.monotonic_align import MonotonicAlignment, monotonic_align
 from tokcore.ops.monotonic_search import MonotonicSearch, maximum_path, monotonic_search
@@ -12,6 +13,7 @@ from tokcore.ops.token_logprob import token_logprob
 
 __all__ = [
     "DTW",
+    "EditAlign",
     "GroupAdvantage",
     "MonotonicAlignment",
     "MonotonicSearch",
@@ -19,6 +21,7 @@ __all__ = [
     "SegmentAttention",
     "SequentialKL",
     "dtw",
+    "edit_align",
     "group_advantage",
     "maximum_path",
     "monotonic_align",
