@@ -36,9 +36,9 @@ def edit_align(
     and walking back from the end, where several of the three are least the first of them: tokens
     are aligned, else the hypothesis' token is extra, else the reference's token is missing. This is
     the tie rule of tercom, on which the OK/BAD tags of machine translation rest; without shifts and
-    without its beam, which changes nothing where the distance is at most 20, and where it is more has
-    been seen to only where the lengths differ by more than 20 (`tokcore.text.ter` has both). An
-    instruction fills 32 or 64 cells; 2 bits are kept of each.
+    without its beam (`tokcore.text.ter` has both), which changes nothing up to a distance of 20 and
+    beyond has been seen to matter only where the lengths differ by more than 20. An instruction
+    fills 32 or 64 cells; 2 bits are kept of each.
 
     Args:
         hypothesis: (..., H) int64 or int32 ids: any integers, negative ones too.
