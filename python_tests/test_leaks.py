@@ -17,6 +17,7 @@ from tokcore import _library
 from tokcore.ops import (
     PolicyLoss,
     dtw,
+    edit_align,
     group_advantage,
     monotonic_align,
     monotonic_search,
@@ -105,6 +106,10 @@ def align(operator):
         return sum(value.sum() for value in result)
 
     return step
+def step_edit_align(x, y, target, column, inplace):
+    ids = (x * 10).long()
+    result = edit_align(ids, ids[:, :6], reference_lengths=target.clamp(min=0))
+    return sum(value.sum() for value in result)
 
 
 STEPS = {
@@ -121,6 +126,16 @@ INPLACE = {"token_logprob", "sequential_kl"}
 # rows than there are.
 REFUSED = {"policy_loss": "cu_seqlens must rise", "group_advantage": "rewards must be finite"}
 REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
+    "edit_align": step_edit_align,
+}
+INPLACE = {"token_logprob", "sequential_kl"}
+# What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, a
+# length beyond the sequence.
+REFUSED = {
+    "policy_loss": "cu_seqlens must rise",
+    "group_advantage": "rewards must be finite",
+    "edit_align": r"reference_lengths must lie in \[0, 6\]",
+}
 
 
 def forward_and_backward(device, step, inplace, calls):

@@ -42,6 +42,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_libraries_and_no_sources(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tokcore/libtokcore.so" in names
+    assert any(name.startswith("tokcore/_host.") for name in names)
     if shutil.which("nvcc") and os.environ.get("TOKCORE_CUDA", "AUTO") != "OFF":
         assert "tokcore/libtokcore_cuda.so" in names
     outside = [name for name in names if not name.startswith(("tokcore/", "tokcore-"))]

@@ -138,6 +138,8 @@ def ter(
     2006; jhclark/tercom:src/ter/core/TerScorer.java;
     deep-spin/qe-corpus-builder:corpus_generation/tools/generate_BAD_tags.py (the tags).
     """
+    _flag("ter", "end_of_sentence", end_of_sentence)
+    _flag("ter", "case_mismatch_is_bad", case_mismatch_is_bad)
     corpus = _Corpus("ter", hypotheses, references, case_sensitive)
     out = corpus.run(shifts, beam, max_shift_distance, threads)
     operations, bounds = out["operations"]

@@ -100,19 +100,18 @@ def _reference(
     """The operations of one pair, cell by cell."""
     h = hypothesis[:hypothesis_length].tolist()
     r = reference[:reference_length].tolist()
-    cost = torch.zeros(len(r) + 1, len(h) + 1, dtype=torch.int64)
-    cost[0], cost[:, 0] = torch.arange(len(h) + 1), torch.arange(len(r) + 1)
+    cost = [[i + j for j in range(len(h) + 1)] for i in range(len(r) + 1)]
     for i in range(1, len(r) + 1):
         for j in range(1, len(h) + 1):
-            aligned = cost[i - 1, j - 1] + int(r[i - 1] != h[j - 1])
-            cost[i, j] = min(aligned, cost[i, j - 1] + 1, cost[i - 1, j] + 1)
+            aligned = cost[i - 1][j - 1] + (r[i - 1] != h[j - 1])
+            cost[i][j] = min(aligned, cost[i][j - 1] + 1, cost[i - 1][j] + 1)
     i, j, operations = len(r), len(h), []
     while i > 0 or j > 0:
         same = i > 0 and j > 0 and r[i - 1] == h[j - 1]
-        if i > 0 and j > 0 and cost[i, j] == cost[i - 1, j - 1] + int(not same):
+        if i > 0 and j > 0 and cost[i][j] == cost[i - 1][j - 1] + (not same):
             operations.append(0 if same else 1)
             i, j = i - 1, j - 1
-        elif j > 0 and cost[i, j] == cost[i, j - 1] + 1:
+        elif j > 0 and cost[i][j] == cost[i][j - 1] + 1:
             operations.append(2)
             j -= 1
         else:
