@@ -47,6 +47,19 @@ struct EditWarp {
     return p.cells + pair * p.tensors.hypothesis.size * p.words;
   }
 
+  __device__ __forceinline__ int64_t most_operations() const {
+    return p.tensors.hypothesis.size + p.tensors.reference.size;
+  }
+  __device__ __forceinline__ int8_t* operations_of_pair() const {
+    return p.tensors.outputs.operations + pair * most_operations();
+  }
+  __device__ __forceinline__ int8_t* tags_of_pair() const {
+    return p.tensors.outputs.tags + pair * p.tensors.hypothesis.size;
+  }
+  __device__ __forceinline__ int32_t* gaps_of_pair() const {
+    return p.tensors.outputs.gap_counts + pair * (p.tensors.hypothesis.size + 1);
+  }
+
   template <typename T>
   __device__ __forceinline__ void fill(T* to, int64_t begin, int64_t end, int value) const {
     for (int64_t k = begin + lane; k < end; k += kWarpThreads) to[k] = T(value);
@@ -93,11 +106,10 @@ struct EditWarp {
   __device__ __forceinline__ void trace() const {
     const EditOutputs& outputs = p.tensors.outputs;
     const EditCells<Word>* const cells = cells_of_pair();
-    const int64_t most_columns = p.tensors.hypothesis.size;
-    const int64_t most = most_columns + p.tensors.reference.size;
-    int8_t* const operations = outputs.operations + pair * most;
-    int8_t* const tags = outputs.tags + pair * most_columns;
-    int32_t* const gaps = outputs.gap_counts + pair * (most_columns + 1);
+    const int64_t most_columns = p.tensors.hypothesis.size, most = most_operations();
+    int8_t* const operations = operations_of_pair();
+    int8_t* const tags = tags_of_pair();
+    int32_t* const gaps = gaps_of_pair();
     int64_t next = most;
     int i = rows, j = columns, missing = 0, distance = 0;
     int word = -1, newest = 0;  // in this lane: the cells of `word` in column newest - lane
@@ -146,6 +158,14 @@ struct EditWarp {
     fill(gaps, columns + 1, most_columns + 1, -1);
   }
 
+  // A length is out of range.
+  __device__ __forceinline__ void refuse() const {
+    fill(operations_of_pair(), 0, most_operations(), -1);
+    fill(tags_of_pair(), 0, p.tensors.hypothesis.size, -1);
+    fill(gaps_of_pair(), 0, p.tensors.hypothesis.size + 1, -1);
+    if (lane == 0) p.tensors.outputs.distance[pair] = p.tensors.outputs.count[pair] = -1;
+  }
+
   __device__ __forceinline__ void move_operations(int8_t* operations, int64_t from,
                                                   int64_t count) const {
     for (int64_t begin = 0; begin < count; begin += kWarpThreads) {
@@ -160,33 +180,21 @@ struct EditWarp {
   }
 };
 
-template <typename id_t>
-__device__ __forceinline__ void align_pair(const EditLaunch<id_t>& p, int64_t pair) {
-  const EditOutputs& outputs = p.tensors.outputs;
-  if (p.tensors.hypothesis.has_valid_length(pair) && p.tensors.reference.has_valid_length(pair)) {
-    const EditWarp<id_t> warp(p, pair);
-    warp.fill_cells();
-    warp.trace();
-    return;
-  }
-  const int64_t columns = p.tensors.hypothesis.size, rows = p.tensors.reference.size;
-  const int lane = int(threadIdx.x) % kWarpThreads;
-  for (int64_t k = lane; k < columns + rows; k += kWarpThreads)
-    outputs.operations[pair * (columns + rows) + k] = -1;
-  for (int64_t k = lane; k < columns; k += kWarpThreads) outputs.tags[pair * columns + k] = -1;
-  for (int64_t k = lane; k <= columns; k += kWarpThreads)
-    outputs.gap_counts[pair * (columns + 1) + k] = -1;
-  if (lane == 0) outputs.distance[pair] = outputs.count[pair] = -1;
-}
-
 // Registers for four blocks a processor: without a number the compiler aims higher and spills.
 template <typename id_t>
 __global__ void __launch_bounds__(kPairsOfBlock* kWarpThreads, 4)
     edit_align_kernel(EditLaunch<id_t> p) {
   const int64_t step = int64_t(gridDim.x) * kPairsOfBlock;
   for (int64_t pair = int64_t(blockIdx.x) * kPairsOfBlock + threadIdx.x / kWarpThreads;
-       pair < p.tensors.pairs; pair += step)
-    align_pair(p, pair);
+       pair < p.tensors.pairs; pair += step) {
+    const EditWarp<id_t> warp(p, pair);
+    if (p.tensors.hypothesis.has_valid_length(pair) && p.tensors.reference.has_valid_length(pair)) {
+      warp.fill_cells();
+      warp.trace();
+    } else {
+      warp.refuse();
+    }
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edit_align_cuda(
