@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/edit_align_call.h"
@@ -141,7 +140,7 @@ class Aligner {
     next -= i + j;
     std::fill_n(next, i + j, int8_t(i > 0 ? kDeletion : kInsertion));
     const int64_t count = begin + most - next;
-    std::memmove(begin, next, count);
+    if (next != begin) std::copy(next, begin + most, begin);
     std::fill(begin + count, begin + most, int8_t(-1));
     p.outputs.count[pair] = int32_t(count);
     p.outputs.distance[pair] = distance;
