@@ -30,18 +30,12 @@ class CMakeBuild(build_ext):
         tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ]
         configure = ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", *self._pybind11(), *options]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", *options]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(tree)], check=True)
         # Editable installs import the package from the source tree, wheels from build_lib.
         prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         subprocess.run(["cmake", "--install", str(tree), "--prefix", str(prefix)], check=True)
-
-    @staticmethod
-    def _pybind11():
-        import pybind11
-
-        return [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
 
     # setuptools would look for one file an Extension; CMake has installed them all.
     def get_outputs(self):
