@@ -18,6 +18,12 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarpThreads;
 // only where there are more.
 constexpr int kSpan = 1024;
 
+// The warp that this thread is of. A compiler that does not know that all lanes agree makes a call
+// of each shuffle that hangs on it, and spills registers around it.
+__device__ __forceinline__ int warp_of_thread() {
+  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
+}
+
 // ---- a row, spread over the lanes of a warp --------------------------------------------------
 
 template <typename acc_t, int kPer>
@@ -128,7 +134,7 @@ __device__ __forceinline__ bool same_word(const SegmentTensors& p, int64_t b, in
 template <typename T, int kPer>
 __global__ void __launch_bounds__(kThreads) segment_attention_kernel(SegmentTensors p) {
   using acc_t = Acc<T>;
-  const int warp = threadIdx.x / kWarpThreads;
+  const int warp = warp_of_thread();
   const int64_t rows = p.batch * p.heads * p.queries, stride = int64_t(gridDim.x) * kWarps;
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < rows; row += stride) {
     const int64_t t = row % p.queries, of_head = row / p.queries, b = of_head / p.heads;
@@ -172,7 +178,7 @@ struct MissSum {
 template <typename T, int kPer>
 __global__ void __launch_bounds__(kThreads) segment_constraint_kernel(SegmentTensors p) {
   using acc_t = Acc<T>;
-  const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
+  const int lane = threadIdx.x % kWarpThreads, warp = warp_of_thread();
   for (int64_t query = blockIdx.x; query < p.batch * p.queries; query += gridDim.x) {
     const int64_t b = query / p.queries, t = query % p.queries, id = p.query_segments[query];
     const int64_t* const ids = p.key_segments + b * p.keys;
@@ -205,6 +211,18 @@ __global__ void __launch_bounds__(kThreads) segment_constraint_kernel(SegmentTen
 
 // ---- backward --------------------------------------------------------------------------------
 
+// What the constraint wants of each query; a kernel of its own, as its divisions would cost the
+// next one registers.
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) segment_pull_kernel(SegmentTensors p) {
+  for (int64_t query = blockIdx.x; query < p.batch * p.queries; query += gridDim.x) {
+    const Matches matches = matches_of(p, query / p.queries, query % p.queries);
+    if (threadIdx.x != 0) continue;
+    static_cast<Pull<acc_t>*>(p.pulls)[query] =
+        pull_of(matches, static_cast<const acc_t*>(p.grad_constraint)[query], p.heads);
+  }
+}
+
 // A block for each query, or for each key; its warps share out the heads. What is said of queries
 // with their gradients and of keys with their values is the same but for whose gradients are
 // wanted: x, x_up are of it, y, y_up of those that it matches.
@@ -212,20 +230,14 @@ template <typename T, int kPer, bool kOfKeys>
 __global__ void __launch_bounds__(kThreads) segment_gradient_kernel(SegmentTensors p) {
   using acc_t = Acc<T>;
   TOKCORE_SHARED(acc_t, pulls, kSpan);
-  const int warp = threadIdx.x / kWarpThreads;
+  const int warp = warp_of_thread();
   const int64_t count = kOfKeys ? p.keys : p.queries, others = kOfKeys ? p.queries : p.keys;
   const bool constrained = p.grad_constraint != nullptr;
-  Pull<acc_t>* const of_queries = static_cast<Pull<acc_t>*>(p.pulls);
+  const Pull<acc_t>* const of_queries = static_cast<const Pull<acc_t>*>(p.pulls);
   for (int64_t place = blockIdx.x; place < p.batch * count; place += gridDim.x) {
     const int64_t b = place / count, own = place % count;
     const int64_t id = (kOfKeys ? p.key_segments : p.query_segments)[place];
     const int64_t* const ids = (kOfKeys ? p.query_segments : p.key_segments) + b * others;
-    Pull<acc_t> own_pull = {};
-    if (constrained && !kOfKeys) {
-      own_pull = pull_of(matches_of(p, b, own), static_cast<const acc_t*>(p.grad_constraint)[place],
-                         p.heads);
-      if (threadIdx.x == 0) of_queries[place] = own_pull;
-    }
     // The gradients by the mean weights of the matches from `span` on.
     const auto hold_pulls = [&](int64_t span, int64_t end) {
       // Everyone has read the span before this one.
@@ -234,7 +246,7 @@ __global__ void __launch_bounds__(kThreads) segment_gradient_kernel(SegmentTenso
       for_each_match(ids, span, end, id, [&](int64_t other) {
         if (turn++ % kWarps != warp) return;
         const int64_t t = kOfKeys ? other : own, s = kOfKeys ? own : other;
-        const Pull<acc_t> pull = kOfKeys ? of_queries[b * p.queries + t] : own_pull;
+        const Pull<acc_t> pull = of_queries[b * p.queries + t];
         const acc_t missed = pull.miss(mean_weight<T, kPer>(p, b, t, s), same_word(p, b, t, s));
         if (threadIdx.x % kWarpThreads == 0) pulls[other - span] = pull.slope * missed;
       });
@@ -355,6 +367,9 @@ SegmentGradients segment_attention_backward_cuda(
   dispatch_rows(call, [&](auto element, auto per) {
     using T = decltype(element);
     const auto stream = current_stream(query);
+    if (p.grad_constraint != nullptr)
+      launch(dim3(block_count(p.batch * p.queries)), dim3(kThreads), 0, stream,
+             segment_pull_kernel<Acc<T>>, p);
     launch(dim3(block_count(p.batch * p.queries)), dim3(kThreads), 0, stream,
            segment_gradient_kernel<T, per.value, false>, p);
     launch(dim3(block_count(p.batch * p.keys)), dim3(kThreads), 0, stream,
