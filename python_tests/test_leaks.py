@@ -112,6 +112,15 @@ def step_edit_align(x, y, target, column, inplace):
     return sum(value.sum() for value in result)
 
 
+def step_segment_attention(x, y, target, column, inplace):
+    ids = target.new_zeros(1, 7 + int(target[1] == 7))
+    rows, values = (x * 1).view(1, 2, 7, 1), y.view(1, 2, 7, 1)
+    output, constraint, _, _ = _library.native().segment_attention(
+        rows, values, values, ids, ids, ids, ids, 1.0, True
+    )
+    return output.sum() + constraint.sum()
+
+
 STEPS = {
     "token_logprob": step_token_logprob,
     "sequential_kl": step_sequential_kl,
@@ -120,11 +129,16 @@ STEPS = {
     "dtw": align(dtw),
     "monotonic_align": align(monotonic_align),
     "monotonic_search": align(monotonic_search),
+    "segment_attention": step_segment_attention,
 }
 INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
-# rows than there are.
-REFUSED = {"policy_loss": "cu_seqlens must rise", "group_advantage": "rewards must be finite"}
+# rows than there are, more ids than queries.
+REFUSED = {
+    "policy_loss": "cu_seqlens must rise",
+    "group_advantage": "rewards must be finite",
+    "segment_attention": "query_segments must have shape",
+}
 REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
     "edit_align": step_edit_align,
 }

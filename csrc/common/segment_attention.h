@@ -19,7 +19,7 @@ namespace {
 // maximum's size would have rounded them away.
 struct SegmentTensors {
   int64_t batch, heads, queries, keys, dim;
-  double scale;
+  double scale, share;  // share: of a head in their mean, 1 / heads
   const void *query, *key, *value;
   const int64_t *query_segments, *key_segments;
   const int64_t *query_words, *key_words;  // null: no constraint

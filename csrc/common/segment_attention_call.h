@@ -60,6 +60,7 @@ inline SegmentCall checked_segment_call(const char* op, const Tensor& query, con
   p.keys = key.size(2);
   p.dim = query.size(3);
   p.scale = scale;
+  p.share = 1.0 / double(p.heads);
   const Shape of_keys = {p.batch, p.heads, p.keys, p.dim};
   const Shape query_ids = {p.batch, p.queries}, key_ids = {p.batch, p.keys};
   check(query_words.has_value() == key_words.has_value(), op,

@@ -167,7 +167,7 @@ S constraint_of(const SegmentTensors& p, int64_t b, int64_t t, const int64_t* li
   double total = 0;
   for (int64_t j = 0; j < n; ++j) {
     const bool same = p.key_words[b * p.keys + list[j]] == p.query_words[b * p.queries + t];
-    const double miss = pull.miss(mean[j] / S(p.heads), same);
+    const double miss = pull.miss(mean[j] * S(p.share), same);
     total += miss * miss;
   }
   return S(total / double(n));
@@ -217,7 +217,7 @@ void forward_run(const SegmentAttentionParams& p, const Run& run) {
     if (p.weights == nullptr) continue;
     S* weights = static_cast<S*>(p.weights) + query * p.keys;
     fill(weights, p.keys, S(0));
-    for (int64_t j = 0; j < n; ++j) weights[p.list[j]] = mean[i * n + j] / S(p.heads);
+    for (int64_t j = 0; j < n; ++j) weights[p.list[j]] = mean[i * n + j] * S(p.share);
   }
 }
 
@@ -299,7 +299,7 @@ void gradient_run(const SegmentAttentionParams& p, const Run& run) {
         of_query = pull_of(Matches{n, equal_words(p, run.b, t)},
                            static_cast<const S*>(p.grad_constraint)[query], p.heads);
       const bool same = p.query_words[query] == p.key_words[run.b * p.keys + s];
-      pull[i * n + j] = of_query.slope * of_query.miss(pull[i * n + j] / S(p.heads), same);
+      pull[i * n + j] = of_query.slope * of_query.miss(pull[i * n + j] * S(p.share), same);
     }
   }
   for (int64_t h = 0; h < p.heads; ++h) {

@@ -107,7 +107,7 @@ __device__ __forceinline__ Acc<T> mean_weight(const SegmentTensors& p, int64_t b
                                              load_row<kPer, T>(p.key, p.key_row(b, h, s), p.dim));
     sum += weight_of(p, query_row, score);
   }
-  return sum / acc_t(p.heads);
+  return sum * acc_t(p.share);
 }
 
 struct MatchSums {
