@@ -17,6 +17,7 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarpThreads;
 // Others of which a block keeps the pull in shared memory: it is found anew for each group of heads
 // only where there are more.
 constexpr int kSpan = 1024;
+constexpr int64_t kMostBatches = 65535;  // of grid.y
 
 // The warp that this thread is of. A compiler that does not know that all lanes agree makes a call
 // of each shuffle that hangs on it, and spills registers around it.
@@ -223,79 +224,80 @@ __global__ void __launch_bounds__(kThreads) segment_pull_kernel(SegmentTensors p
   }
 }
 
-// A block for each query, or for each key; its warps share out the heads. What is said of queries
-// with their gradients and of keys with their values is the same but for whose gradients are
-// wanted: x, x_up are of it, y, y_up of those that it matches.
+// A block for each query (x) of a batch (y), or for each key; its warps share out the heads. What
+// is said of queries with their gradients and of keys with their values is the same but for whose
+// gradients are wanted: x, x_up are of it, y, y_up of those that it matches.
 template <typename T, int kPer, bool kOfKeys>
-__global__ void __launch_bounds__(kThreads) segment_gradient_kernel(SegmentTensors p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+    segment_gradient_kernel(SegmentTensors p) {
   using acc_t = Acc<T>;
   TOKCORE_SHARED(acc_t, pulls, kSpan);
   const int warp = warp_of_thread();
   const int64_t count = kOfKeys ? p.keys : p.queries, others = kOfKeys ? p.queries : p.keys;
   const bool constrained = p.grad_constraint != nullptr;
   const Pull<acc_t>* const of_queries = static_cast<const Pull<acc_t>*>(p.pulls);
-  for (int64_t place = blockIdx.x; place < p.batch * count; place += gridDim.x) {
-    const int64_t b = place / count, own = place % count;
-    const int64_t id = (kOfKeys ? p.key_segments : p.query_segments)[place];
-    const int64_t* const ids = (kOfKeys ? p.query_segments : p.key_segments) + b * others;
-    // The gradients by the mean weights of the matches from `span` on.
-    const auto hold_pulls = [&](int64_t span, int64_t end) {
-      // Everyone has read the span before this one.
-      __syncthreads();
-      int turn = 0;
-      for_each_match(ids, span, end, id, [&](int64_t other) {
-        if (turn++ % kWarps != warp) return;
-        const int64_t t = kOfKeys ? other : own, s = kOfKeys ? own : other;
-        const Pull<acc_t> pull = of_queries[b * p.queries + t];
-        const acc_t missed = pull.miss(mean_weight<T, kPer>(p, b, t, s), same_word(p, b, t, s));
-        if (threadIdx.x % kWarpThreads == 0) pulls[other - span] = pull.slope * missed;
-      });
-      // The span is written.
-      __syncthreads();
-    };
-    int64_t held = -1;
-    for (int64_t first = 0; first < p.heads; first += kWarps) {
-      const int64_t h = first + warp;
-      const bool active = h < p.heads;
-      const int64_t query_0 = p.query_row(b, active ? h : 0, 0),
-                    key_0 = p.key_row(b, active ? h : 0, 0);
-      const int64_t x_row = (kOfKeys ? key_0 : query_0) + own;
-      const auto x = load_row<kPer, T>(kOfKeys ? p.key : p.query, x_row, p.dim);
-      const auto x_up = load_row<kPer, T>(kOfKeys ? p.value : p.grad_output, x_row, p.dim);
-      Row<acc_t, kPer> grad = {}, grad_up = {};
-      acc_t delta = 0;
-      // The gradient of a query needs its delta, so its keys are visited twice.
-      for (int last = kOfKeys ? 1 : 0; last < 2; ++last) {
-        for (int64_t span = 0; span < others; span += kSpan) {
-          const int64_t end = span + kSpan < others ? span + kSpan : others;
-          if (constrained && held != span) hold_pulls(span, end);
-          held = span;
-          if (!active) continue;
-          for_each_match(ids, span, end, id, [&](int64_t other) {
-            const int64_t y_row = (kOfKeys ? query_0 : key_0) + other;
-            const int64_t query_row = kOfKeys ? y_row : x_row;
-            const auto y = load_row<kPer, T>(kOfKeys ? p.query : p.key, y_row, p.dim);
-            const auto y_up = load_row<kPer, T>(kOfKeys ? p.grad_output : p.value, y_row, p.dim);
-            const acc_t weight = weight_of(p, query_row, acc_t(p.scale) * dot(x, y));
-            acc_t slope = dot(x_up, y_up);
-            if (constrained) slope += acc_t(pulls[other - span]);
-            if (!kOfKeys && last == 0) {
-              delta += weight * slope;
-              return;
-            }
-            if (kOfKeys) delta = static_cast<const acc_t*>(p.delta)[query_row];
-            grad.add(weight * (slope - delta) * acc_t(p.scale), y);
-            if (kOfKeys) grad_up.add(weight, y_up);
-          });
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y)
+    for (int64_t own = blockIdx.x; own < count; own += gridDim.x) {
+      const int64_t id = (kOfKeys ? p.key_segments : p.query_segments)[b * count + own];
+      const int64_t* const ids = (kOfKeys ? p.query_segments : p.key_segments) + b * others;
+      // The gradients by the mean weights of the matches from `span` on.
+      const auto hold_pulls = [&](int64_t span, int64_t end) {
+        // Everyone has read the span before this one.
+        __syncthreads();
+        int turn = 0;
+        for_each_match(ids, span, end, id, [&](int64_t other) {
+          if (turn++ % kWarps != warp) return;
+          const int64_t t = kOfKeys ? other : own, s = kOfKeys ? own : other;
+          const Pull<acc_t> pull = of_queries[b * p.queries + t];
+          const acc_t missed = pull.miss(mean_weight<T, kPer>(p, b, t, s), same_word(p, b, t, s));
+          if (threadIdx.x % kWarpThreads == 0) pulls[other - span] = pull.slope * missed;
+        });
+        // The span is written.
+        __syncthreads();
+      };
+      int64_t held = -1;
+      for (int64_t first = 0; first < p.heads; first += kWarps) {
+        const int64_t h = first + warp;
+        const bool active = h < p.heads;
+        const int64_t query_0 = p.query_row(b, active ? h : 0, 0),
+                      key_0 = p.key_row(b, active ? h : 0, 0);
+        const int64_t x_row = (kOfKeys ? key_0 : query_0) + own;
+        const auto x = load_row<kPer, T>(kOfKeys ? p.key : p.query, x_row, p.dim);
+        const auto x_up = load_row<kPer, T>(kOfKeys ? p.value : p.grad_output, x_row, p.dim);
+        Row<acc_t, kPer> grad = {}, grad_up = {};
+        acc_t delta = 0;
+        // The gradient of a query needs its delta, so its keys are visited twice.
+        for (int last = kOfKeys ? 1 : 0; last < 2; ++last) {
+          for (int64_t span = 0; span < others; span += kSpan) {
+            const int64_t end = span + kSpan < others ? span + kSpan : others;
+            if (constrained && held != span) hold_pulls(span, end);
+            held = span;
+            if (!active) continue;
+            for_each_match(ids, span, end, id, [&](int64_t other) {
+              const int64_t y_row = (kOfKeys ? query_0 : key_0) + other;
+              const int64_t query_row = kOfKeys ? y_row : x_row;
+              const auto y = load_row<kPer, T>(kOfKeys ? p.query : p.key, y_row, p.dim);
+              const auto y_up = load_row<kPer, T>(kOfKeys ? p.grad_output : p.value, y_row, p.dim);
+              const acc_t weight = weight_of(p, query_row, acc_t(p.scale) * dot(x, y));
+              acc_t slope = dot(x_up, y_up);
+              if (constrained) slope += acc_t(pulls[other - span]);
+              if (!kOfKeys && last == 0) {
+                delta += weight * slope;
+                return;
+              }
+              if (kOfKeys) delta = static_cast<const acc_t*>(p.delta)[query_row];
+              grad.add(weight * (slope - delta) * acc_t(p.scale), y);
+              if (kOfKeys) grad_up.add(weight, y_up);
+            });
+          }
         }
+        if (!active) continue;
+        store_row<T>(grad, kOfKeys ? p.grad_key : p.grad_query, x_row, p.dim);
+        if (kOfKeys) store_row<T>(grad_up, p.grad_value, x_row, p.dim);
+        if (!kOfKeys && threadIdx.x % kWarpThreads == 0)
+          static_cast<acc_t*>(p.delta)[x_row] = delta;
       }
-      if (!active) continue;
-      store_row<T>(grad, kOfKeys ? p.grad_key : p.grad_query, x_row, p.dim);
-      if (kOfKeys) store_row<T>(grad_up, p.grad_value, x_row, p.dim);
-      if (!kOfKeys && threadIdx.x % kWarpThreads == 0) static_cast<acc_t*>(p.delta)[x_row] = delta;
     }
-    // Everyone has read the last span before the next place writes its own: hold_pulls begins so.
-  }
 }
 
 // ---- host ------------------------------------------------------------------------------------
@@ -370,9 +372,10 @@ SegmentGradients segment_attention_backward_cuda(
     if (p.grad_constraint != nullptr)
       launch(dim3(block_count(p.batch * p.queries)), dim3(kThreads), 0, stream,
              segment_pull_kernel<Acc<T>>, p);
-    launch(dim3(block_count(p.batch * p.queries)), dim3(kThreads), 0, stream,
+    const unsigned batches = unsigned(p.batch < kMostBatches ? p.batch : kMostBatches);
+    launch(dim3(block_count(p.queries), batches), dim3(kThreads), 0, stream,
            segment_gradient_kernel<T, per.value, false>, p);
-    launch(dim3(block_count(p.batch * p.keys)), dim3(kThreads), 0, stream,
+    launch(dim3(block_count(p.keys), batches), dim3(kThreads), 0, stream,
            segment_gradient_kernel<T, per.value, true>, p);
   });
   return {grad_query, grad_key, grad_value};
