@@ -106,6 +106,8 @@ def align(operator):
         return sum(value.sum() for value in result)
 
     return step
+
+
 def step_edit_align(x, y, target, column, inplace):
     ids = (x * 10).long()
     result = edit_align(ids, ids[:, :6], reference_lengths=target.clamp(min=0))
@@ -130,26 +132,18 @@ STEPS = {
     "monotonic_align": align(monotonic_align),
     "monotonic_search": align(monotonic_search),
     "segment_attention": step_segment_attention,
+    "edit_align": step_edit_align,
 }
 INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
-# rows than there are, more ids than queries.
+# ids than queries, a length beyond the sequence, more rows than there are.
 REFUSED = {
     "policy_loss": "cu_seqlens must rise",
     "group_advantage": "rewards must be finite",
     "segment_attention": "query_segments must have shape",
-}
-REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
-    "edit_align": step_edit_align,
-}
-INPLACE = {"token_logprob", "sequential_kl"}
-# What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, a
-# length beyond the sequence.
-REFUSED = {
-    "policy_loss": "cu_seqlens must rise",
-    "group_advantage": "rewards must be finite",
     "edit_align": r"reference_lengths must lie in \[0, 6\]",
 }
+REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
 
 
 def forward_and_backward(device, step, inplace, calls):

@@ -22,8 +22,7 @@ SCHEMAS = [
 ]
 NAMES = [schema.partition("(")[0] for schema in SCHEMAS]
 PUBLIC = [name for name in NAMES if not re.search(r"_backward_?$", name)]
-NOT_DIFFERENTIABLE = {"dtw", "group_advantage", "monotonic_align", "monotonic_search"}
-NOT_DIFFERENTIABLE = {"edit_align", "group_advantage"}
+NOT_DIFFERENTIABLE = {"dtw", "edit_align", "group_advantage", "monotonic_align", "monotonic_search"}
 
 
 def namespaces() -> list[str]:

@@ -87,20 +87,21 @@ def integers(operator: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{operator}: {name} must be int64 or int32, got {value.dtype}")
 
 
-def lengths(operator: str, name: str, value: Tensor, like: Tensor) -> None:
-    """How much of each sequence of ``like`` (..., T) counts."""
+def lengths(
+    operator: str, name: str, value: Tensor, like: Tensor, *, batch: int, most: int
+) -> None:
+    """How much of each item of ``like``, whose first ``batch`` dimensions number them, counts."""
     integers(operator, name, value)
-    if value.shape != like.shape[:-1] or value.device != like.device:
+    shape = tuple(like.shape[:batch])
+    if value.shape != shape or value.device != like.device:
         raise ValueError(
-            f"{operator}: {name} must have shape {tuple(like.shape[:-1])} on {like.device}, got "
-            f"{_shape(value)} on {value.device}"
+            f"{operator}: {name} must have shape {shape} on {like.device}, got {_shape(value)} on "
+            f"{value.device}"
         )
     if _debug() and readable(value):
-        bad = value[(value < 0) | (value > like.shape[-1])]
+        bad = value[(value < 0) | (value > most)]
         if bad.numel() > 0:
-            raise ValueError(
-                f"{operator}: {name} must lie in [0, {like.shape[-1]}], got {bad[0].item()}"
-            )
+            raise ValueError(f"{operator}: {name} must lie in [0, {most}], got {bad[0].item()}")
 
 
 def temperature(operator: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -177,26 +178,14 @@ def lattice(
         raise TypeError(f"{operator}: dtype must be torch.float64 or torch.float32, got {dtype!r}")
     if value.dtype == torch.float64 and dtype == torch.float32:
         raise TypeError(f"{operator}: dtype float32 would round {name}, got {value.dtype}")
-    rows = _lengths(operator, "row_lengths", row_lengths, value, value.shape[1])
-    columns = _lengths(operator, "column_lengths", column_lengths, value, value.shape[2])
+    sizes = {"row_lengths": (row_lengths, 1), "column_lengths": (column_lengths, 2)}
+    counts: list[Tensor | None] = []
+    for which, (given, dim) in sizes.items():
+        if given is not None:
+            lengths(operator, which, given, value, batch=1, most=value.shape[dim])
+        counts.append(None if given is None else given.long())
     wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-    return wide, rows, columns, dtype == torch.float64
-
-
-def _lengths(operator: str, name: str, value: Tensor | None, like: Tensor, most: int):
-    if value is None:
-        return None
-    tensor(operator, name, value)
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{operator}: {name} must be int64 or int32, got {value.dtype}")
-    if value.shape != like.shape[:1] or value.device != like.device:
-        raise ValueError(
-            f"{operator}: {name} must have shape ({like.shape[0]},) on {like.device}, got "
-            f"{_shape(value)} on {value.device}"
-        )
-    if _debug() and readable(value) and bool(((value < 0) | (value > most)).any()):
-        raise ValueError(f"{operator}: {name} must be in [0, {most}], got {value.tolist()}")
-    return value.long()
+    return wide, *counts, dtype == torch.float64
 
 
 def integer(operator: str, name: str, value: int) -> int:

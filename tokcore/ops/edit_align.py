@@ -87,11 +87,15 @@ def edit_align(
             f"{reference.device}"
         )
     if hypothesis_lengths is not None:
-        _checks.lengths(op, "hypothesis_lengths", hypothesis_lengths, hypothesis)
+        _lengths(op, "hypothesis_lengths", hypothesis_lengths, hypothesis)
     if reference_lengths is not None:
-        _checks.lengths(op, "reference_lengths", reference_lengths, reference)
+        _lengths(op, "reference_lengths", reference_lengths, reference)
     operator = _library.native().edit_align
     return EditAlign(*operator(hypothesis, reference, hypothesis_lengths, reference_lengths))
+
+
+def _lengths(op: str, name: str, value: Tensor, like: Tensor) -> None:
+    _checks.lengths(op, name, value, like, batch=like.dim() - 1, most=like.shape[-1])
 
 
 def _reference(
