@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "songmass_metrics.json"
 CASES = [case for case in json.loads(GOLDEN.read_text())["cases"] if case.get("path")]
 MOVES = [(1, 1), (1, 0), (0, 1)]  # the tie rule
 few_examples = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
