@@ -3,6 +3,7 @@ running sums a column at a time, bit for bit, for larger ones.
 """
 
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -321,12 +322,34 @@ def test_penalties_of_other_kinds_are_numbers(backend, penalty):
     assert monotonic_align(scores, length_penalty=penalty).score.item() == 1.5
 
 
-@pytest.mark.parametrize("penalty", [NAN, INF, -INF])
-def test_a_penalty_that_is_not_finite(backend, penalty):
+@pytest.mark.parametrize("penalty", [NAN, INF, -INF, 1e39, -1e308, 10**400], ids=str)
+def test_a_penalty_out_of_range(backend, penalty):
+    """Its products would be infinite, and every partition as bad as a forbidden one."""
     scores = torch.zeros(1, 1, 1, device=backend.device)
-    text = r"^monotonic_align: length_penalty must be finite, got -?(nan|inf)$"
-    with pytest.raises(ValueError, match=text):
+    text = f"monotonic_align: length_penalty must be in [-1e+30, 1e+30], finite, got {penalty}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         monotonic_align(scores, length_penalty=penalty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_largest_penalty(backend, dtype):
+    """One column at 1 / L and two at 2 / L; as a reward, the one column as one row at 1 / M."""
+    scores = torch.zeros(1, 2, 3, device=backend.device)
+    for penalty, score in ((1e30, -1e30), (-1e30, 1e30 / 2 + 2e30 / 3)):
+        found = monotonic_align(scores, length_penalty=penalty, dtype=dtype)
+        assert found.score.item() == pytest.approx(score, rel=1e-6)
+        assert found.group_count.item() == 2
+
+
+def test_a_penalty_that_changes_under_compile(backend):
+    torch._dynamo.reset()
+    scores = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], device=backend.device)
+
+    def step(scores, penalty):
+        return monotonic_align(scores, length_penalty=penalty).score
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert [compiled(scores, penalty).item() for penalty in (0.5, 0.25, 1.0)] == [1.5, 1.75, 1.0]
 
 
 @pytest.mark.parametrize("penalty", [None, True, "0.5", 1j, torch.tensor(0.5)], ids=repr)

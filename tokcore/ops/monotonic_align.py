@@ -47,7 +47,7 @@ def monotonic_align(
             ``-inf`` forbids a cell. Any strides (copied once where not contiguous).
         row_lengths: (B,) int64 or int32 in [0, M]: rows beyond are not read. Default: M.
         column_lengths: (B,) likewise, in [0, L].
-        length_penalty: :math:`\lambda`, finite.
+        length_penalty: :math:`\lambda`, in [-1e30, 1e30].
         dtype: of all sums and of the score: float64 or (not for float64 scores) float32, whose
             rounding decides between means that are equal in exact arithmetic.
 
@@ -75,7 +75,8 @@ def monotonic_align(
     """
     op = "monotonic_align"
     arguments = _checks.lattice(op, "scores", scores, row_lengths, column_lengths, dtype)
-    _checks.finite(op, "length_penalty", length_penalty)
+    # Times a length, and summed with scores, it stays in float32.
+    _checks.number(op, "length_penalty", length_penalty, least=-1e30, most=1e30)
     *tensors, wide = arguments
     return MonotonicAlignment(
         *_library.native().monotonic_align(*tensors, float(length_penalty), wide)
