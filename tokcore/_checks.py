@@ -139,9 +139,7 @@ def floating(operator: str, name: str, value: Tensor) -> None:
 
 def constant(operator: str, name: str, value: Tensor) -> None:
     if value.requires_grad:
-        raise ValueError(
-            f"{operator}: {name} must not require grad: it is a constant of the loss; detach it"
-        )
+        raise ValueError(f"{operator}: {name} must not require grad: it is a constant; detach it")
 
 
 def number(operator: str, name: str, value: float, *, least: float, most: float = math.inf) -> None:
@@ -166,6 +164,7 @@ def lattice(
     tensor(operator, name, value)
     floating(operator, name, value)
     constant(operator, name, value)
+    no_functional_derivative(operator, name, value)
     if value.dim() != 3:
         raise ValueError(f"{operator}: {name} must have shape (B, M, L), got {_shape(value)}")
     if dtype not in (torch.float64, torch.float32):
@@ -180,6 +179,16 @@ def lattice(
         counts.append(None if given is None else given.long())
     wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     return wide, *counts, dtype == torch.float64
+
+
+def lattice_results(operator: str, name: str, sums: Tensor) -> None:
+    """Where the native operator has only marked an item that is wrong (CUDA)."""
+    if _debug() and readable(sums) and bool(sums.isnan().any()):
+        item = int(sums.isnan().nonzero()[0])
+        raise ValueError(
+            f"{operator}: {name} must be finite or the infinity that forbids a cell (and have no "
+            f"more rows than columns in monotonic_search), got otherwise in item {item}"
+        )
 
 
 def integer(operator: str, name: str, value: int) -> int:

@@ -128,10 +128,20 @@ def test_a_length_out_of_range(backend, name, which, bad, monkeypatch):
         assert_wrong(got, 1)
         assert_same([part[[0, 2, 3]] for part in got], [part[[0, 2, 3]] for part in want])
     monkeypatch.setenv("TOKCORE_DEBUG", "1")
-    text = rf"^{name}: {which} must be in \[0, {full[which]}\], got .*{lengths[1].item()}"
+    text = rf"^{name}: {which} must lie in \[0, {full[which]}\], got .*{lengths[1].item()}"
     with pytest.raises(ValueError, match=text):
         OPERATORS[name](batch, **{which: lengths})
     assert_same(OPERATORS[name](batch, **good), OPERATORS[name](batch))
+
+
+@every_operator
+def test_a_wrong_value_raises_everywhere_when_debugging(backend, name, monkeypatch):
+    monkeypatch.setenv("TOKCORE_DEBUG", "1")
+    batch = torch.zeros(3, 2, 4, device=backend.device)
+    OPERATORS[name](batch)
+    batch[1, 0, 0] = NAN
+    with pytest.raises((RuntimeError, ValueError), match=rf"^{name}: .* in item 1$"):
+        OPERATORS[name](batch)
 
 
 # ---- inputs of every form -----------------------------------------------------------------------

@@ -48,8 +48,8 @@ def dtw(
     Raises:
         TypeError, ValueError: an argument of a wrong dtype, shape or device.
         RuntimeError: on the CPU, a length out of range; a cost that is NaN, ``-inf`` or too large
-            to be summed. On CUDA such a matrix has cost NaN and length -1 (with TOKCORE_DEBUG=1 a
-            length out of range raises).
+            to be summed. On CUDA such a matrix has cost NaN and length -1 (with TOKCORE_DEBUG=1 it
+            raises).
 
     Not differentiable: cost must not require grad. Paths are the same on every device.
 
@@ -61,7 +61,9 @@ def dtw(
     """
     op = "dtw"
     arguments = _checks.lattice(op, "cost", cost, row_lengths, column_lengths, dtype)
-    return DTW(*_library.native().dtw(*arguments))
+    found = DTW(*_library.native().dtw(*arguments))
+    _checks.lattice_results(op, "cost", found[0])
+    return found
 
 
 def _reference(cost: Tensor) -> tuple[float, list[tuple[int, int]]]:

@@ -49,7 +49,8 @@ def monotonic_align(
         column_lengths: (B,) likewise, in [0, L].
         length_penalty: :math:`\lambda`, in [-1e30, 1e30].
         dtype: of all sums and of the score: float64 or (not for float64 scores) float32, whose
-            rounding decides between means that are equal in exact arithmetic.
+            rounding decides between means that are equal or nearly so. A large finite score where
+            ``-inf`` is meant leaves the running sums behind it few digits.
 
     Returns:
         MonotonicAlignment, integers int32 and -1 behind the lengths of an item: score (B,); groups
@@ -62,7 +63,7 @@ def monotonic_align(
         TypeError, ValueError: an argument of a wrong dtype, shape, device or value.
         RuntimeError: on the CPU, a length out of range; a score that is NaN, ``inf`` or too large
             to be summed. On CUDA such an item has score NaN, count -1 and -1 throughout (with
-            TOKCORE_DEBUG=1 a length out of range raises).
+            TOKCORE_DEBUG=1 it raises).
 
     Not differentiable: scores must not require grad. Groups are the same on every device.
 
@@ -78,9 +79,11 @@ def monotonic_align(
     # Times a length, and summed with scores, it stays in float32.
     _checks.number(op, "length_penalty", length_penalty, least=-1e30, most=1e30)
     *tensors, wide = arguments
-    return MonotonicAlignment(
+    found = MonotonicAlignment(
         *_library.native().monotonic_align(*tensors, float(length_penalty), wide)
     )
+    _checks.lattice_results(op, "scores", found.score)
+    return found
 
 
 def _reference(

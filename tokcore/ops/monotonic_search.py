@@ -42,13 +42,14 @@ def monotonic_search(
     Returns:
         MonotonicSearch: score (B,) in ``dtype``; rows (B, L) int32, the row of each column;
         durations (B, M) int32, how many columns each row has; -1 behind the lengths of the item.
-        An item whose every assignment holds ``-inf`` has score ``-inf`` and -1 throughout.
+        An item whose every assignment holds ``-inf``, or with columns but no rows, has score
+        ``-inf`` and -1 throughout; an empty one has score 0.
 
     Raises:
         TypeError, ValueError: an argument of a wrong dtype, shape or device.
         RuntimeError: on the CPU, a length out of range; more rows than columns; a score that is
             NaN, ``inf`` or too large to be summed. On CUDA such an item has score NaN and -1
-            throughout (with TOKCORE_DEBUG=1 a length out of range raises).
+            throughout (with TOKCORE_DEBUG=1 it raises).
 
     Not differentiable: scores must not require grad. Assignments are the same on every device.
 
@@ -60,7 +61,9 @@ def monotonic_search(
     """
     op = "monotonic_search"
     arguments = _checks.lattice(op, "scores", scores, row_lengths, column_lengths, dtype)
-    return MonotonicSearch(*_library.native().monotonic_search(*arguments))
+    found = MonotonicSearch(*_library.native().monotonic_search(*arguments))
+    _checks.lattice_results(op, "scores", found[0])
+    return found
 
 
 def maximum_path(value: Tensor, mask: Tensor, *, frames_first: bool = False) -> Tensor:
@@ -77,11 +80,12 @@ def maximum_path(value: Tensor, mask: Tensor, *, frames_first: bool = False) -> 
         frames_first: as above.
 
     Returns:
-        value's shape and dtype, 1 where a frame belongs to a token, 0 elsewhere. Not
-        differentiable.
+        value's shape and dtype, 1 where a frame belongs to a token, 0 elsewhere (everywhere, if
+        every assignment holds ``-inf``). Not differentiable.
 
     Raises:
-        as :func:`monotonic_search`; on CUDA an infeasible item is NaN throughout.
+        as :func:`monotonic_search`, whose name its texts bear; on CUDA an infeasible item is NaN
+        throughout.
 
     >>> maximum_path(torch.tensor([[[0.0, 2, 9], [5, 1, 7]]]), torch.ones(1, 2, 3))
     tensor([[[1., 1., 0.],
