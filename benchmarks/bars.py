@@ -1,11 +1,12 @@
 """The bars that results are held to, as plain arithmetic on the JSON of run.py.
 
-CPU: two AVX-512 cores. GPU: bandwidth of a device copy, and the other libraries' kernels.
+CPU: two AVX-512 cores (alignments: any two). GPU: bandwidth of a device copy, and the other
+libraries' kernels.
 """
 
 import dataclasses
 
-from benchmarks.suite import BACKWARD, FORWARD, SHAPES
+from benchmarks.suite import BACKWARD, BATCHES, FORWARD, MATRICES, MODELS, ONE_THREAD
 
 DEFAULT, HUGE = "default", "huge pages"
 TOKCORE, IN_PLACE = "tokcore", "tokcore, in place"
@@ -34,6 +35,15 @@ COPY = 0.85  # of a device copy's bandwidth, from this vocabulary on
 COPY_VOCABULARY = 32768
 LEVEL = 0.95  # "level" with the best other kernel: within the spread of medians
 
+ALIGN_SHAPE, ALIGN_MS = "1x60x80", 0.5  # monotonic_align on one thread
+LOOP = 1.5  # times faster than the plain loop there
+SCALING_SHAPE, SCALING = "64x60x80", 1.8  # times faster on two threads than on one
+PEERS = ("dtw", "monotonic_search")  # faster than every package on batches of
+PEER_BATCH = "64x"
+BACK_POINTERS = 4.0  # bytes a cell, at most, of all that PEERS take of
+BACK_POINTERS_SHAPE = "1x500x2000"
+SACREBLEU = 100.0  # times faster than its TER, on one thread
+
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
@@ -54,16 +64,19 @@ class Bar:
 
 
 def evaluate(documents):
-    """Bars of the JSON documents of all suites, in their order. Tiny shapes have none."""
+    """Bars of the JSON documents of all suites, in their order. Tiny shapes have none, and neither
+    has the attention of segments."""
     bars = []
     for document in documents:
         for allocator, run in document["runs"].items():
             for key, group in run["groups"].items():
                 shape, dtype, pass_name = key.split()
-                if shape not in SHAPES or shape == "tiny":
-                    continue
                 where = (document["suite"], key, allocator)
                 check = _Check(where, dtype, pass_name, group, bars)
+                if shape in MATRICES and ONE_THREAD in group["variants"]:
+                    check.alignment(shape)
+                if shape not in (*MODELS, *BATCHES):
+                    continue
                 check.memory()
                 if "device copy" in group["variants"]:
                     check.gpu()
@@ -144,6 +157,24 @@ class _Check:
         if self._pass == BACKWARD:
             peak = self._variants[IN_PLACE]["peak_mb"]
             self._add("peak in place, MB", peak, "<=", SPARE_MB)
+
+    def alignment(self, shape):
+        """Of the operators on batches of matrices or of pairs, on the CPU."""
+        one, ours = (self._variants[name]["ms"] for name in (ONE_THREAD, TOKCORE))
+        if self._suite == "monotonic_align" and shape == ALIGN_SHAPE:
+            self._add("ms on one thread", one, "<=", ALIGN_MS)
+            self._add("one thread, over the plain loop", self._fastest("loop") / one, ">=", LOOP)
+        if self._suite == "monotonic_align" and shape == SCALING_SHAPE:
+            self._add("two threads, over one", one / ours, ">=", SCALING)
+        peer = self._fastest("peer")
+        if self._suite in PEERS and shape.startswith(PEER_BATCH) and peer is not None:
+            self._add("faster than every package", peer / ours, ">=", 1.0)
+        if self._suite in PEERS and shape == BACK_POINTERS_SHAPE and self._allocator == DEFAULT:
+            cells = self._group["rows"] * self._group["vocabulary"]
+            peak = 1e6 * self._variants[ONE_THREAD]["peak_mb"] / cells
+            self._add("peak a cell, bytes", peak, "<=", BACK_POINTERS)
+        if self._suite == "ter" and peer is not None:
+            self._add("one thread, over sacrebleu", peer / one, ">=", SACREBLEU)
 
     def gpu(self):
         ours = self._variants[TOKCORE]

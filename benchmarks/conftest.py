@@ -40,7 +40,7 @@ def _clock(device):
 
 @functools.lru_cache(maxsize=1)  # cases of one group follow each other and share their inputs
 def _inputs(suite, shape, dtype, device):
-    return suite.inputs(SHAPES[shape], DTYPES[dtype], _clock(device).device)
+    return suite.inputs(suite.shape(shape), DTYPES[dtype], _clock(device).device)
 
 
 class Case:
@@ -70,6 +70,8 @@ class Case:
         def setup():
             prepare()
             clock.cool()
+            if suite.warm:
+                call()
 
         benchmark.pedantic(call, setup=setup, rounds=ROUNDS)
 

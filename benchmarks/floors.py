@@ -32,7 +32,7 @@ def compiler():
 
 class Floors:
     def __init__(self):
-        self._library = ctypes.CDLL(str(_build()))
+        self._library = compiled(SOURCE, FLAGS)
         self._library.floor_read.restype = ctypes.c_uint64
         self._library.floor_exp.restype = ctypes.c_float
 
@@ -71,15 +71,16 @@ def _pointers(tensors):
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def _build():
+def compiled(source, flags):
+    """The library that the system compiler makes of one file."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
     # With the processor: -march=native makes another library elsewhere, and folders are shared.
-    key = "\n".join([SOURCE.read_text(), version.stdout, " ".join(FLAGS), cpu_flags()])
+    key = "\n".join([source.read_text(), version.stdout, " ".join(flags), cpu_flags()])
     folder = Path(tempfile.gettempdir()) / f"tokcore-floor-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler(), *FLAGS, str(SOURCE), "-o", str(unfinished)], check=True)
+        subprocess.run([compiler(), *flags, str(source), "-o", str(unfinished)], check=True)
         unfinished.replace(library)
-    return library
+    return ctypes.CDLL(str(library))

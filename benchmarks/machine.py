@@ -18,6 +18,13 @@ RESULTS = Path(__file__).parent / "results"
 # trusted: on two cores one twentieth of the machine.
 NOISY_CORES = 0.10
 
+# Whose versions belong to a result, as they are called on PyPI.
+PACKAGES = (
+    *("liger_kernel", "trl", "triton"),
+    *("dtaidistance", "librosa", "monotonic_alignment_search", "numba", "openai-whisper"),
+    *("jiwer", "rapidfuzz", "sacrebleu", "tslearn"),
+)
+
 
 def cpu_flags():
     """Model and instruction sets, as the kernel tells them."""
@@ -68,7 +75,7 @@ def environment(device):
         "build_info": {name: value for name, value in info.items() if name != "libraries"},
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-    for package in ("liger_kernel", "trl", "triton"):
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result[package] = importlib.metadata.version(package)
     return result

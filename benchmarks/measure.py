@@ -63,6 +63,14 @@ class CpuClock:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+class WarmCpuClock(CpuClock):
+    """Times a call that follows another of its kind."""
+
+    def time(self, run):
+        super().time(run)
+        return super().time(run)
+
+
 class CudaClock:
     """Event time and the caching allocator's peak."""
 
@@ -93,8 +101,10 @@ class CudaClock:
         return torch.cuda.max_memory_allocated() - before, seconds
 
 
-def clock(device):
-    return CudaClock() if device == "cuda" else CpuClock()
+def clock(device, warm=False):
+    if device == "cuda":
+        return CudaClock()
+    return WarmCpuClock() if warm else CpuClock()
 
 
 def interleave(timer, runs, rounds, seed=0):

@@ -26,6 +26,11 @@ COLUMNS = (
     ("ms", "GB/s", "x floor", "vs compile", "vs torch"),
     ("MB", "MB compile", "MB torch"),
 )
+# Of operators on batches of matrices: loop and authors beside one thread, packages beside all.
+MATRIX_COLUMNS = (
+    *("operator", "batch", "dtype", "pass", "ms", "ms, one thread", "x threads"),
+    *("vs loop", "vs authors", "vs package", "which", "MB"),
+)
 
 
 def measure_all(options, folder):
@@ -94,6 +99,8 @@ def summary_table(documents, shapes):
                 continue
             groups = [one["groups"].get(key) for one in runs]
             first = next(group for group in groups if group)
+            if suite.ONE_THREAD in first["variants"]:
+                continue
             for name in (bars.TOKCORE, bars.IN_PLACE):
                 if name in first["variants"]:
                     in_place = ", in place" if name == bars.IN_PLACE else ""
@@ -103,6 +110,32 @@ def summary_table(documents, shapes):
                         line += _speed_cells(group, name)
                     lines.append(line + _peak_cells(first, name))
     return _markdown(lines)
+
+
+def matrix_table(documents, shapes):
+    """One row for an operator, batch and dtype, from the first allocator that was measured."""
+    lines = [MATRIX_COLUMNS]
+    for document in documents:
+        for key, group in next(iter(document["runs"].values()))["groups"].items():
+            shape, dtype, pass_name = key.split()
+            if shape not in shapes or suite.ONE_THREAD not in group["variants"]:
+                continue
+            ours, one = (group["variants"][name] for name in (bars.TOKCORE, suite.ONE_THREAD))
+            line = [document["suite"], suite.SHAPES[shape].name, dtype, pass_name]
+            line += [_ms(ours["ms"], 1), _ms(one["ms"], 1), f"{one['ms'] / ours['ms']:.2f}"]
+            for kind, beside in (("loop", one), ("authors", one), ("peer", ours)):
+                other = _fastest(group, kind)
+                line.append(f"{other['ms'] / beside['ms']:.1f}x" if other else "")
+            peer = _fastest(group, "peer")
+            names = [name for name, row in group["variants"].items() if row is peer]
+            lines.append([*line, *(names or [""]), f"{ours['peak_mb']:.1f}"])
+    return _markdown(lines)
+
+
+def tables(documents, shapes):
+    """Those that have a row."""
+    found = [table(documents, shapes) for table in (summary_table, matrix_table)]
+    return "\n\n".join(table for table in found if table.count("\n") > 1)
 
 
 def group_table(group):
@@ -137,10 +170,14 @@ def device_line(documents):
     info = environment["build_info"]
     words = [environment["device"], f"{environment['threads']} threads", f"ISA {info['isa']}"]
     words += [f"torch {info['torch']}", f"tokcore {info['tokcore']}"]
-    words += [
-        f"{name} {environment[name]}" for name in ("liger_kernel", "trl") if name in environment
-    ]
-    return ", ".join([*words, environment["date"]])
+    return ", ".join([*words, *_versions(documents), environment["date"]])
+
+
+def _versions(documents):
+    """Of the packages that were there in any run."""
+    runs = [run["environment"] for document in documents for run in document["runs"].values()]
+    found = {name: one[name] for one in runs for name in machine.PACKAGES if name in one}
+    return [f"{name} {version}" for name, version in found.items()]
 
 
 def bar_lines(found):
@@ -161,11 +198,12 @@ def full_text(documents, found):
     """results/<device>/README.md."""
     shapes = list(suite.SHAPES)
     parts = ["# Measured", device_line(documents) + ".", __doc__.split("\n\n")[-1].strip()]
-    parts += [
+    parts.append(
         "x floor: time over that of reading (and writing) the same bytes. vs: how many times "
-    ]
-    parts[-1] += "faster than the best variant of the same accuracy. Medians of cold calls."
-    parts += [summary_table(documents, shapes), "## Bars", bar_lines(found)]
+        "faster than the best variant of the same accuracy. Medians of cold calls; of batches of "
+        "matrices, warm ones, loop and authors beside one thread, packages beside all."
+    )
+    parts += [tables(documents, shapes), "## Bars", bar_lines(found)]
     for document in documents:
         for allocator, one in document["runs"].items():
             for key, group in one["groups"].items():
@@ -200,8 +238,7 @@ def parse(arguments):
     parser.add_argument("--table", nargs="*", choices=list(suite.SHAPES), help="do not measure")
     parser.add_argument("--out", type=Path, help="folder of the results")
     options = parser.parse_args(arguments)
-    full = [*suite.MODELS, *suite.BATCHES]
-    options.shapes = options.shapes or (["tiny"] if options.quick else full)
+    options.shapes = options.shapes or (["tiny"] if options.quick else suite.MEASURED)
     options.dtypes = options.dtypes or list(suite.DTYPES)
     # The caching allocator of CUDA maps its memory once: the switch concerns the CPU alone.
     one = options.quick or options.device == "cuda"
@@ -224,7 +261,7 @@ def main(arguments=None):
     (options.out / "bars.json").write_text(json.dumps(rows, indent=1) + "\n")
     (options.out / "README.md").write_text(full_text(documents, found))
     print(f"\n{device_line(documents)}\n")
-    print(summary_table(documents, options.table or options.shapes))
+    print(tables(documents, options.table or options.shapes))
     print(f"\n{bar_lines(found)}\nwritten to {options.out}")
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")

@@ -5,6 +5,7 @@ Each bench_*.py under ops/ and algorithms/ holds its SUITES; run.py measures the
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,28 +14,48 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 FORWARD, BACKWARD = "forward", "forward+backward"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ONE_THREAD = "tokcore, one thread"
+LOGITS = ("float32", "bfloat16")
+DTYPES = {name: getattr(torch, name) for name in (*LOGITS, "float64", "int64")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Logits (sequences, rows / sequences, vocabulary), or `rows` rewards."""
+    """Logits, matrices or hidden states (sequences, rows / sequences, vocabulary), or `rows`
+    rewards."""
 
     name: str
     rows: int
     vocabulary: int
     sequences: int
 
+    @property
+    def steps(self):
+        """Of a dynamic program over groups of rows or columns."""
+        return self.rows * self.vocabulary * (self.rows // self.sequences + self.vocabulary)
 
+
+SIZES = ((8, 8), (30, 30), (60, 80), (200, 200), (500, 2000))
 SHAPES = {
     "llama2": Shape("Llama-2, Mistral", 2048, 32768, 8),
     "llama3": Shape("Llama-3", 512, 128256, 4),
     "qwen2.5": Shape("Qwen2.5", 256, 151936, 4),
     **{f"1e{n}": Shape(f"{10**n:,} rewards", 10**n, 1, 1) for n in range(3, 8)},
+    **{
+        f"{batch}x{m}x{n}": Shape(f"{batch:,} of {m} x {n}", batch * m, n, batch)
+        for m, n in SIZES
+        for batch in (1, 64, 4096)
+        if batch * m * n * (m + n) <= 10**10  # the steps of the slowest of their operators
+    },
+    "8x256x512": Shape("8 of 256, width 512", 8 * 256, 512, 8),
+    "2x1024x512": Shape("2 of 1024, width 512", 2 * 1024, 512, 2),
     "tiny": Shape("tiny", 64, 4096, 4),
 }
 MODELS = ("llama2", "llama3", "qwen2.5")
 BATCHES = ("1e3", "1e4", "1e5", "1e6", "1e7")
+WIDTHS = ("8x256x512", "2x1024x512")
+MATRICES = tuple(name for name in SHAPES if name not in (*MODELS, *BATCHES, *WIDTHS, "tiny"))
+MEASURED = (*MODELS, *BATCHES, *MATRICES, *WIDTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +63,14 @@ class Variant:
     """`function` takes the suite's inputs and returns a tensor or several, differentiable first."""
 
     name: str
-    # "tokcore", "eager", "compile", "fused" (another library's kernel), "floor", or "yardstick" (a
-    # part of tokcore that the whole is held against).
+    # "tokcore", "eager", "compile", "fused" (another library's kernel), "floor", "yardstick" (part
+    # of tokcore that the whole is held against); beside alignments "authors", "loop" (plain C++),
+    # "peer" (another package).
     kind: str
     function: Callable
     exact: bool = True  # float32 accuracy; what computes in bf16 is listed, but no bar counts it
     overwrites: bool = False  # the gradient goes over the logits, restored before each run
+    most: float = math.inf  # Shape.steps beyond which a call would take minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +84,12 @@ class Suite:
     kept: float = 1.0  # share of the rows that are scored; the others cost no read
     passes: Sequence[str] = (FORWARD, BACKWARD)
     shapes: Sequence[str] = MODELS
-    dtypes: Sequence[str] = tuple(DTYPES)
+    dtypes: Sequence[str] = LOGITS
+    tiny: Shape = SHAPES["tiny"]
+    warm: bool = False  # what takes less than a millisecond would be the fetching of its code
+
+    def shape(self, name):
+        return self.tiny if name == "tiny" else SHAPES[name]
 
     def traffic(self, inputs, pass_name):
         """Least bytes: one sweep of reads, and for the gradient another one and a write."""
@@ -101,6 +129,13 @@ def draw_logits(shape, dtype, device, count=1, seed=0):
     return results
 
 
+def draw_scores(shape, dtype, device, seed=0):
+    """A batch of matrices of uniform scores."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.sequences, shape.rows // shape.sequences, shape.vocabulary)
+    return torch.rand(size, generator=generator, dtype=dtype).to(device)
+
+
 def draw_target(shape, device, seed=1):
     generator = torch.Generator().manual_seed(seed)
     size = (shape.sequences, shape.rows // shape.sequences)
@@ -110,6 +145,28 @@ def draw_target(shape, device, seed=1):
 def compiled(function):
     """torch.compile for the very shapes; an eager remainder would not be what the name says."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def on_one_thread(function):
+    """Sets torch's number of threads around the call, which costs about a microsecond."""
+
+    def call(*inputs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
+
+
+def with_one_thread(function, device):
+    """The variants of an operator that runs on the threads of torch."""
+    variants = [Variant("tokcore", "tokcore", function)]
+    if device.type == "cpu":
+        variants.append(Variant(ONE_THREAD, "tokcore", on_one_thread(function)))
+    return variants
 
 
 class _Head(torch.autograd.Function):

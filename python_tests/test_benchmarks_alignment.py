@@ -1,0 +1,205 @@
+"""The alignments that are timed beside tokcore's are alignments, and of the same thing."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # behind an installed tokcore
+
+from benchmarks import bars, floors, measure, report, run  # noqa: E402
+from benchmarks.baselines import dtw as dtw_baselines  # noqa: E402
+from benchmarks.baselines import monotonic_align as align_baselines  # noqa: E402
+from benchmarks.baselines import monotonic_search as search_baselines  # noqa: E402
+from benchmarks.baselines.peers import installed  # noqa: E402
+from benchmarks.ops.bench_dtw import PEERS  # noqa: E402
+from benchmarks.suite import (  # noqa: E402
+    FORWARD,
+    MATRICES,
+    ONE_THREAD,
+    SHAPES,
+    on_one_thread,
+    suites,
+)
+from tokcore.ops import dtw, monotonic_align, monotonic_search  # noqa: E402
+
+GOLDEN = np.load(Path(__file__).with_name("golden") / "songmass_dp.npz")
+CPU = torch.device("cpu")
+SUITES = suites()
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(floors.compiler()) is None, reason="the loop is compiled on the spot"
+)
+
+
+def needs(package):
+    return pytest.mark.skipif(not installed(package), reason=f"{package} is not installed")
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", range(len(GOLDEN["names"])), ids=GOLDEN["names"].tolist())
+def test_authors_alignment_golden(k):
+    scores = torch.from_numpy(GOLDEN[f"S_{k}"]).unsqueeze(0)
+    ((score, groups),) = align_baselines.authors(scores, GOLDEN[f"len_pen_{k}"].item())
+    assert score == GOLDEN[f"score_{k}"]
+    assert np.array_equal(groups, GOLDEN[f"groups_{k}"])
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 6), (3, 6, 1), (5, 9, 13), (2, 31, 17)])
+@pytest.mark.parametrize("levels", [4, 1 << 40])
+def test_plain_loop(size, levels):
+    """Against tokcore on random scores, and on dyadic ones with ties."""
+    generator = torch.Generator().manual_seed(sum(size))
+    scores = torch.randint(levels, size, generator=generator).double() / levels
+    score, groups, counts = align_baselines.plain_loop(scores)
+    expected = monotonic_align(scores)
+    assert torch.equal(groups, expected.groups)
+    assert torch.equal(counts, expected.group_count)
+    torch.testing.assert_close(score, expected.score, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_dtw_peer(name):
+    """Paths of the least cost, to the rounding of float32."""
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    suite = SUITES["dtw"]
+    inputs = suite.inputs(suite.tiny, torch.float64, CPU)
+    found = dtw(inputs[0])
+    for cost, total, path in zip(inputs[0], found.cost, PEERS[name](*inputs), strict=True):
+        cells = torch.from_numpy(dtw_baselines.cells(path).copy())
+        assert cells[0].tolist() == [0, 0]
+        assert cells[-1].tolist() == [cost.shape[0] - 1, cost.shape[1] - 1]
+        steps = {tuple(step) for step in cells.diff(dim=0).tolist()}
+        assert steps <= {(1, 0), (0, 1), (1, 1)}
+        sum_along = cost[cells[:, 0], cells[:, 1]].sum()
+        torch.testing.assert_close(sum_along, total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(search_baselines.cython, marks=needs("monotonic_alignment_search")),
+        pytest.param(search_baselines.numpy, marks=needs("monotonic_alignment_search")),
+        pytest.param(search_baselines.numba, marks=needs("numba")),
+    ],
+)
+def test_search_peer(function):
+    suite = SUITES["monotonic_search"]
+    for shape in (suite.tiny, SHAPES["1x30x30"]):
+        inputs = suite.inputs(shape, torch.float32, CPU)
+        path = function(*(value.clone() for value in inputs))
+        assert torch.equal(path.sum(1), torch.ones_like(path[:, 0]))
+        assert torch.equal(path.argmax(1), monotonic_search(inputs[0]).rows.long())
+
+
+# --- the harness ----------------------------------------------------------------------------------
+
+
+def test_matrices():
+    """As many as there is time for: B M L (M + L) up to 10^10."""
+    assert len(MATRICES) == 12
+    assert {"1x8x8", "4096x60x80", "64x200x200", "1x500x2000"} <= set(MATRICES)
+    assert SHAPES["64x60x80"].steps == 64 * 60 * 80 * 140
+    groups = SUITES["dtw"].groups(["llama3", "64x60x80", "tiny"], ["float32", "float64"])
+    assert groups == [(shape, "float64", FORWARD) for shape in ("64x60x80", "tiny")]
+    assert SUITES["dtw"].shape("tiny") is SUITES["dtw"].tiny
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_on_one_thread(error):
+    threads, seen = torch.get_num_threads(), []
+
+    def function(value):
+        seen.append(torch.get_num_threads())
+        return 1 / value
+
+    torch.set_num_threads(2)
+    if error:
+        with pytest.raises(ZeroDivisionError):
+            on_one_thread(function)(0)
+    else:
+        assert on_one_thread(function)(4) == 0.25
+    assert (seen, torch.get_num_threads()) == ([1], 2)
+    torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_warm_clock_times_the_second_call():
+    calls = []
+    peak, seconds = measure.clock("cpu", warm=True).peak(lambda: calls.append(torch.ones(1 << 20)))
+    assert len(calls) == 2
+    assert peak >= 2 * calls[0].nbytes
+    assert seconds > 0
+
+
+@needs_compiler
+def test_too_slow_is_said():
+    suite = SUITES["monotonic_align"]
+    clock = measure.clock("cpu", suite.warm)
+    group = run.run_group(clock, suite, SHAPES["64x30x30"], torch.float64, FORWARD, run.QUICK)
+    assert group["variants"]["authors' NumPy"]["error"] == "not measured: a call takes minutes"
+    assert "not measured" in report.group_table(group)
+
+
+def group(rows, columns, peak_mb=1.0, **ms):
+    kinds = {"tokcore": "tokcore", ONE_THREAD: "tokcore", "plain loop": "loop", "NumPy": "authors"}
+    variants = {
+        name: {"kind": kinds.get(name, "peer"), "exact": True, "ms": value, "peak_mb": peak_mb}
+        for name, value in ms.items()
+    }
+    return {"rows": rows, "vocabulary": columns, "noise": {}, "variants": variants}
+
+
+def documents():
+    align = {
+        "1x60x80": group(60, 80, **{"tokcore": 0.3, ONE_THREAD: 0.4, "plain loop": 0.5}),
+        "64x60x80": group(3840, 80, **{"tokcore": 10, ONE_THREAD: 19, "NumPy": 1900.0}),
+    }
+    dtw = {
+        "64x8x8": group(512, 8, **{"tokcore": 2, ONE_THREAD: 3, "librosa": 4, "tslearn": 1.0}),
+        "1x500x2000": group(500, 2000, **{"tokcore": 2, ONE_THREAD: 3}),
+        "tiny": group(24, 13, **{"tokcore": 2, ONE_THREAD: 3, "librosa": 1.0}),
+    }
+    ter = {"64x30x30": group(1920, 30, **{"tokcore": 1, ONE_THREAD: 2, "sacrebleu": 250.0})}
+    return [
+        {
+            "suite": name,
+            "runs": {"default": {"groups": {f"{k} {dtype} forward": groups[k] for k in groups}}},
+        }
+        for name, dtype, groups in (
+            ("monotonic_align", "float64", align),
+            ("dtw", "float64", dtw),
+            ("ter", "int64", ter),
+        )
+    ]
+
+
+def test_bars_of_alignments():
+    found = bars.evaluate(documents())
+    assert [(bar.rule, bar.value, bar.limit, bar.passed) for bar in found] == [
+        ("ms on one thread", 0.4, 0.5, True),
+        ("one thread, over the plain loop", 1.25, 1.5, False),
+        ("two threads, over one", 1.9, 1.8, True),
+        ("faster than every package", 0.5, 1.0, False),
+        ("peak a cell, bytes", 1.0, 4.0, True),
+        ("one thread, over sacrebleu", 125.0, 100.0, True),
+    ]
+
+
+def test_matrix_table():
+    lines = report.matrix_table(documents(), MATRICES).splitlines()
+    assert len(lines) == 2 + 5
+    assert lines[3] == (
+        "| monotonic_align | 64 of 60 x 80 | float64 | forward | 10.0 | 19.0 | 1.90 |  | 100.0x "
+        "|  |  | 1.0 |"
+    )
+    assert "| 0.5x | tslearn | 1.0 |" in lines[4]
+    assert report.tables(documents(), MATRICES) == "\n".join(lines)
