@@ -37,6 +37,8 @@ from tokcore.ops.policy_loss_rules import Clip, Kl  # noqa: E402
 GOLDEN = Path(__file__).with_name("golden")
 SUITES = suites()
 CPU = torch.device("cpu")
+# The others' baselines are in test_benchmarks_alignment.py.
+TOKEN_SUITES = {n: s for n, s in SUITES.items() if {*s.shapes} <= {*MODELS, *BATCHES}}
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(floors.compiler()) is None, reason="the floors are compiled on the spot"
@@ -50,7 +52,7 @@ def variants(*kinds):
     """(suite, dtype, variant): each variant of these kinds, on each dtype."""
     return [
         pytest.param(suite, DTYPES[dtype], variant, id=f"{name}-{variant.name}-{dtype}"[:80])
-        for name, suite in SUITES.items()
+        for name, suite in TOKEN_SUITES.items()
         for dtype in suite.dtypes
         for variant in suite.variants(DTYPES[dtype], CPU)
         if variant.kind in kinds
@@ -348,7 +350,7 @@ def test_floors_move_the_bytes():
     assert 1e7 < clock.floors.exponentials_per_second(seconds=0.01) < 1e12
 
 
-@pytest.mark.parametrize("name", [name for name in SUITES if BACKWARD in SUITES[name].passes])
+@pytest.mark.parametrize("name", [n for n, s in TOKEN_SUITES.items() if BACKWARD in s.passes])
 def test_call_overwrites_and_restores(name):
     """A variant in place gives the gradient of the fresh one, as often as it is asked."""
     suite, dtype = SUITES[name], torch.float32

@@ -18,10 +18,12 @@ from benchmarks.baselines import monotonic_search as search_baselines  # noqa: E
 from benchmarks.baselines.peers import installed  # noqa: E402
 from benchmarks.ops.bench_dtw import PEERS  # noqa: E402
 from benchmarks.suite import (  # noqa: E402
+    BACKWARD,
     FORWARD,
     MATRICES,
     ONE_THREAD,
     SHAPES,
+    Call,
     on_one_thread,
     suites,
 )
@@ -98,6 +100,25 @@ def test_search_peer(function):
         path = function(*(value.clone() for value in inputs))
         assert torch.equal(path.sum(1), torch.ones_like(path[:, 0]))
         assert torch.equal(path.argmax(1), monotonic_search(inputs[0]).rows.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_mask(dtype):
+    """All three against each other, and the gradients of all three inputs."""
+    suite = SUITES["segment_attention"]
+    inputs = suite.inputs(suite.tiny, dtype, CPU)
+    forward, backward = (
+        [Call(variant, suite, inputs, pass_name)() for variant in suite.variants(dtype, CPU)]
+        for pass_name in (FORWARD, BACKWARD)
+    )
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    )
+    assert forward[0].shape == inputs[0].shape[1:]
+    for output, (gradient,) in zip(forward[1:], backward[1:], strict=True):
+        assert gradient.shape == inputs[0].shape
+        torch.testing.assert_close(output, forward[0], **tolerance)
+        torch.testing.assert_close(gradient, backward[0][0], **tolerance)
 
 
 # --- the harness ----------------------------------------------------------------------------------
