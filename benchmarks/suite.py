@@ -86,7 +86,7 @@ class Suite:
     shapes: Sequence[str] = MODELS
     dtypes: Sequence[str] = LOGITS
     tiny: Shape = SHAPES["tiny"]
-    warm: bool = False  # what takes less than a millisecond would be the fetching of its code
+    warm: bool = False  # see measure.WarmCpuClock
 
     def shape(self, name):
         return self.tiny if name == "tiny" else SHAPES[name]
