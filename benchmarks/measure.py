@@ -1,4 +1,4 @@
-"""How a call is measured: cold (or warm, if short), interleaved with the others, its peak memory."""
+"""How a call is measured: cold, or warm if short; interleaved; its peak memory to the page."""
 
 import ctypes
 import gc
