@@ -142,6 +142,22 @@ def draw_target(shape, device, seed=1):
     return torch.randint(shape.vocabulary, size, generator=generator).to(device)
 
 
+def draw_pairs(shape, device, seed=0):
+    """Token ids, as frequent as words are, of references and of hypotheses: their beginnings, of
+    which a fifth is replaced."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs, rows, columns = shape.sequences, shape.rows // shape.sequences, shape.vocabulary
+    words = 1 / torch.arange(1, 2001, dtype=torch.float64)
+    drawn, others = (
+        torch.multinomial(words, pairs * length, replacement=True, generator=generator)
+        for length in (max(rows, columns), rows)
+    )
+    reference = drawn.view(pairs, -1)
+    replaced = torch.rand(pairs, rows, generator=generator) < 0.2
+    hypothesis = torch.where(replaced, others.view(pairs, -1), reference[:, :rows])
+    return hypothesis.to(device), reference[:, :columns].contiguous().to(device)
+
+
 def compiled(function):
     """torch.compile for the very shapes; an eager remainder would not be what the name says."""
     return torch.compile(function, fullgraph=True, dynamic=False)

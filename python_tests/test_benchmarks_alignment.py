@@ -13,6 +13,7 @@ sys.path.append(str(ROOT))  # behind an installed tokcore
 
 from benchmarks import bars, floors, measure, report, run  # noqa: E402
 from benchmarks.baselines import dtw as dtw_baselines  # noqa: E402
+from benchmarks.baselines import edits as edit_baselines  # noqa: E402
 from benchmarks.baselines import monotonic_align as align_baselines  # noqa: E402
 from benchmarks.baselines import monotonic_search as search_baselines  # noqa: E402
 from benchmarks.baselines.peers import installed  # noqa: E402
@@ -27,7 +28,8 @@ from benchmarks.suite import (  # noqa: E402
     on_one_thread,
     suites,
 )
-from tokcore.ops import dtw, monotonic_align, monotonic_search  # noqa: E402
+from tokcore.ops import dtw, edit_align, monotonic_align, monotonic_search  # noqa: E402
+from tokcore.text import corpus_ter  # noqa: E402
 
 GOLDEN = np.load(Path(__file__).with_name("golden") / "songmass_dp.npz")
 CPU = torch.device("cpu")
@@ -119,6 +121,33 @@ def test_attention_with_mask(dtype):
         assert gradient.shape == inputs[0].shape
         torch.testing.assert_close(output, forward[0], **tolerance)
         torch.testing.assert_close(gradient, backward[0][0], **tolerance)
+
+
+@pytest.mark.parametrize("size", ["tiny", "64x30x30", "1x60x80"])
+def test_edit_distances(size):
+    """As many operations as tokcore's, whose tie rule is another."""
+    suite = SUITES["edit_align"]
+    hypothesis, reference, *others = suite.inputs(suite.shape(size), torch.int64, CPU)
+    distance = edit_align(hypothesis, reference).distance.tolist()
+    if installed("rapidfuzz"):
+        assert [len(found) for found in edit_baselines.rapidfuzz(*others[:2])] == distance
+        assert edit_baselines.rapidfuzz_distance(*others[:2]).tolist() == distance
+    if installed("jiwer"):
+        found = edit_baselines.jiwer(*others[2:])
+        assert found.substitutions + found.insertions + found.deletions == sum(distance)
+
+
+@needs("sacrebleu")
+@pytest.mark.parametrize("size", ["tiny", "64x30x30"])
+def test_ter_of_the_same_sentences(size):
+    suite = SUITES["ter"]
+    ids, reference_ids, *texts = suite.inputs(suite.shape(size), torch.int64, CPU)
+    ours, theirs = corpus_ter(*texts), edit_baselines.sacrebleu(*texts)
+    assert (ours.edits, ours.reference_length) == (theirs.num_edits, theirs.ref_length)
+    found = [variant.function(ids, reference_ids, *texts) for variant in suite.variants(None, CPU)]
+    assert found[0].alignment == found[1].alignment == found[2].alignment
+    assert sum(map(len, found[0].shifts)) >= len(ids)
+    assert found[3] == ours
 
 
 # --- the harness ----------------------------------------------------------------------------------
