@@ -1,7 +1,7 @@
 // SongMASS's alignment as one writes it in C++ without further thought about the machine: running
-// sums, one comparison after the other, one thread, a back-pointer for each cell. Cells and sums
-// lie along rows and along columns, so that no loop strides. Finite scores only. Compiled by
-// monotonic_align.py with the system compiler; no part of the library.
+// sums, a table of penalties, one comparison after the other, one thread, a back-pointer for each
+// cell. Cells and sums lie along rows and along columns, so that no loop strides. Finite scores
+// only. Compiled by monotonic_align.py with the system compiler; no part of the library.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -14,7 +14,10 @@ extern "C" void align(const double* scores, std::int64_t batch, std::int64_t row
   const std::int64_t along_rows = columns + 1, along_columns = rows + 1;
   std::vector<double> cells(along_columns * along_rows), cells_by_column(cells.size());
   std::vector<double> sums(cells.size()), sums_by_column(cells.size());
+  std::vector<double> row_costs(along_columns), column_costs(along_rows);
   std::vector<std::int32_t> moves(rows * columns);  // rows of a group, or -columns
+  for (std::int64_t k = 1; k <= rows; ++k) row_costs[k] = penalty * k / rows;
+  for (std::int64_t k = 1; k <= columns; ++k) column_costs[k] = penalty * k / columns;
 
   for (std::int64_t b = 0; b < batch; ++b, scores += rows * columns) {
     for (std::int64_t i = 0; i <= rows; ++i) {
@@ -35,8 +38,7 @@ extern "C" void align(const double* scores, std::int64_t batch, std::int64_t row
         const double* cell = &cells_by_column[(j - 1) * along_columns];
         const double* sum = &sums_by_column[j * along_columns];
         for (std::int64_t k = 0; k < i; ++k) {
-          const double count = i - k;
-          const double value = cell[k] + (sum[i] - sum[k]) / count - penalty * count / rows;
+          const double value = cell[k] + (sum[i] - sum[k]) / (i - k) - row_costs[i - k];
           if (value > found) {
             found = value;
             move = i - k;
@@ -45,8 +47,7 @@ extern "C" void align(const double* scores, std::int64_t batch, std::int64_t row
         cell = &cells[(i - 1) * along_rows];
         sum = &sums[i * along_rows];
         for (std::int64_t k = 0; k < j; ++k) {
-          const double count = j - k;
-          const double value = cell[k] + (sum[j] - sum[k]) / count - penalty * count / columns;
+          const double value = cell[k] + (sum[j] - sum[k]) / (j - k) - column_costs[j - k];
           if (value > found) {
             found = value;
             move = k - j;
