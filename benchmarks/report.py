@@ -6,6 +6,8 @@
     python -m benchmarks.report --table llama3         # no measurement: the table, for one model
     python -m benchmarks.report --quick                # tiny, into a temporary folder: for CI
 
+Other packages are measured where they are installed; the files of baselines/ say how.
+
 Allocators: "default" is glibc's, "huge pages" the same with THP_MEM_ALLOC_ENABLE=1, torch's switch
 to 2 MB pages. On Linux with 4 KB pages most of plain torch's time goes into page faults of its
 temporaries, so that one setting alone would show the allocator and not the arithmetic.
