@@ -164,13 +164,17 @@ void check_lengths(const char* op, const char* name, const std::optional<Tensor>
 template <typename id_t>
 void align_all(const EditTensors<id_t>& p) {
   EditSizes most;
+  int64_t cells = 0;
   for (int64_t pair = 0; pair < p.pairs; ++pair) {
     const int64_t rows = p.reference.length(pair), words = edit_words<Word>(rows);
     most.rows = std::max(most.rows, rows);
     most.words = std::max(most.words, words);
     most.cells = std::max(most.cells, p.hypothesis.length(pair) * words);
+    cells += p.hypothesis.length(pair) * words;
   }
-  const int64_t ranges = std::min<int64_t>(p.pairs, torch::stable::get_num_threads());
+  constexpr int64_t kWorthAThread = 1024;  // words of cells, some 20 microseconds
+  const int64_t ranges =
+      std::min({p.pairs, int64_t(torch::stable::get_num_threads()), 1 + cells / kWorthAThread});
   if (ranges == 0) return;
   std::vector<Aligner<id_t>> aligners;
   aligners.reserve(ranges);

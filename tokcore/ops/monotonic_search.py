@@ -102,12 +102,15 @@ def maximum_path(value: Tensor, mask: Tensor, *, frames_first: bool = False) -> 
     if frames_first:
         value, mask = value.transpose(1, 2), mask.transpose(1, 2)
     kept = mask != 0
-    text, frames = kept.any(2).sum(1), kept.any(1).sum(1)
+    text = kept[:, :, 0].sum(1) if value.shape[2] else kept.new_zeros(len(kept), dtype=torch.long)
+    frames = kept[:, 0].sum(1) if value.shape[1] else torch.zeros_like(text)
     _refuse_holes(op, kept, text, frames)
     found = monotonic_search(value.detach(), text, frames)
-    rows = torch.arange(value.shape[1], device=value.device).unsqueeze(1)
-    path = (found.rows.unsqueeze(1) == rows).to(value.dtype)
-    path = torch.where(found.score.isnan().view(-1, 1, 1), torch.nan, path)
+    background = torch.where(found.score.isnan(), torch.nan, 0.0).to(value.dtype)
+    path = background.view(-1, 1, 1).expand(value.shape).contiguous()
+    if value.shape[1]:
+        ones = torch.where(found.rows < 0, background.unsqueeze(1), 1)
+        path.scatter_(1, found.rows.clamp(min=0).long().unsqueeze(1), ones.unsqueeze(1))
     return path.transpose(1, 2) if frames_first else path
 
 
@@ -117,9 +120,9 @@ def _refuse_holes(op: str, kept: Tensor, text: Tensor, frames: Tensor) -> None:
         return
     row = torch.arange(kept.shape[1]) < text.unsqueeze(1)
     column = torch.arange(kept.shape[2]) < frames.unsqueeze(1)
-    filled = kept == (row.unsqueeze(2) & column.unsqueeze(1))
-    if not bool(filled.all()):
-        item = int((~filled).flatten(1).any(1).nonzero()[0])
+    rectangle = row.unsqueeze(2) & column.unsqueeze(1)
+    if not torch.equal(kept, rectangle):
+        item = int((kept != rectangle).flatten(1).any(1).nonzero()[0])
         raise ValueError(
             f"{op}: mask must be nonzero over the first text and frames of an item and zero "
             f"elsewhere, got another form in item {item}"
