@@ -81,31 +81,37 @@ def write_syllables(syllables, axis, bottom):
 
 
 def save(song, path):
-    """Draw a song into a PNG; a sentence that does not fit into a row begins the next."""
-    rows, beat = [], 0.0  # a row: where it begins, with a rest; its first note; its sentences
-    numbers = []
+    """Draw a song into a PNG, row by row: a sentence that does not fit into a row begins the next,
+    and one that fits into none is cut between words.
+    """
+    rows, beat = [], 0.0  # a row: where it begins, with a rest; its first note; number -> sentence
     for number, sentence in enumerate(song.sentences):
-        onset = beat + sentence[0].notes[0].rest
-        end = beat + sum(note.rest + note.duration for word in sentence for note in word.notes)
-        if not rows or end > rows[-1][1] + ROW:
-            rows.append((beat, onset, []))
-            numbers.append(number)
-        rows[-1][2].append(sentence)
-        beat = end
+        whole = beats_of(sentence) <= ROW
+        for words in [sentence] if whole else [(word,) for word in sentence]:
+            onset, end = beat + words[0].notes[0].rest, beat + beats_of(words)
+            if not rows or end > rows[-1][1] + ROW:
+                rows.append((beat, onset, {}))
+            row = rows[-1][2]
+            row[number] = row.get(number, ()) + words
+            beat = end
     notes = [note for sentence in song.sentences for word in sentence for note in word.notes]
     pitches = min(note.pitch for note in notes), max(note.pitch for note in notes)
     ends = [row[0] for row in rows[1:]] + [beat]
     beats = max(ROW, *(end - row[1] for row, end in zip(rows, ends, strict=True))) + 1
     height = 0.9 + 0.07 * (pitches[1] - pitches[0] + 2)
     figure, axes = plt.subplots(
-        len(rows), figsize=(15, height * len(rows)), layout="constrained", squeeze=False
+        len(rows), figsize=(15, height * len(rows) + 0.5), layout="constrained", squeeze=False
     )
-    for row, number, axis in zip(rows, numbers, axes[:, 0], strict=True):
-        part = Song(song.name, tuple(row[2]))
-        draw(part, axis, beat=row[0], beats=beats, pitches=pitches, first=number)
+    for (start, _, sentences), axis in zip(rows, axes[:, 0], strict=True):
+        part = Song(song.name, tuple(sentences.values()))
+        draw(part, axis, beat=start, beats=beats, pitches=pitches, first=next(iter(sentences)))
     figure.suptitle(song.name)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def beats_of(words):
+    return sum(note.rest + note.duration for word in words for note in word.notes)
 
 
 if __name__ == "__main__":
