@@ -38,6 +38,17 @@ def native():
     return _operators
 
 
+def call_constant(name: str, *arguments):
+    """Calls the native operator ``name`` on what does not require grad: autograd's turn would take
+    as long as a small call does.
+    """
+    operator = getattr(_operators, name)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 class use:
     """Selects the "native" or the "emulated" operators, for good or for a ``with`` block.
 

@@ -88,6 +88,19 @@ struct Search {
   }
 };
 
+// The same over the cells that a path can visit, in columns counted from the diagonal of the row:
+// the row before is then above, and a path begins there.
+struct BandedSearch {
+  template <typename T>
+  static constexpr T kWorst = -kInfinity<T>;
+
+  template <typename T>
+  TOKCORE_LATTICE_HD static T cell(T value, T /* diagonal */, T above, T left, uint8_t& move) {
+    move = above > left ? uint8_t(kFromAbove) : uint8_t(kFromLeft);
+    return value + (above > left ? above : left);
+  }
+};
+
 // Moves are kept as they are found: by strips of `strip` rows, in which row r is r % strip columns
 // late, so that what is found at one time lies side by side.
 TOKCORE_LATTICE_HD int64_t move_count(int64_t rows, int64_t columns, int64_t strip) {

@@ -61,7 +61,7 @@ def dtw(
     """
     op = "dtw"
     arguments = _checks.lattice(op, "cost", cost, row_lengths, column_lengths, dtype)
-    found = DTW(*_library.native().dtw(*arguments))
+    found = DTW(*_library.call_constant("dtw", *arguments))
     _checks.lattice_results(op, "cost", found[0])
     return found
 

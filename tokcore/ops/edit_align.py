@@ -90,8 +90,8 @@ def edit_align(
         _lengths(op, "hypothesis_lengths", hypothesis_lengths, hypothesis)
     if reference_lengths is not None:
         _lengths(op, "reference_lengths", reference_lengths, reference)
-    operator = _library.native().edit_align
-    return EditAlign(*operator(hypothesis, reference, hypothesis_lengths, reference_lengths))
+    arguments = (hypothesis, reference, hypothesis_lengths, reference_lengths)
+    return EditAlign(*_library.call_constant("edit_align", *arguments))
 
 
 def _lengths(op: str, name: str, value: Tensor, like: Tensor) -> None:

@@ -273,12 +273,7 @@ def _run(
         bool(options.contiguous),
         statistics,
     )
-    operator = _library.native().group_advantage
-    if torch.compiler.is_compiling():
-        return GroupAdvantage(*operator(*arguments))
-    # Nothing requires grad here: autograd's turn would take as long as a thousand rewards do.
-    with torch._C._AutoDispatchBelowAutograd():
-        return GroupAdvantage(*operator(*arguments))
+    return GroupAdvantage(*_library.call_constant("group_advantage", *arguments))
 
 
 def _batch(rewards, options: _Options, scale: str, *, statistics: bool = False) -> GroupAdvantage:

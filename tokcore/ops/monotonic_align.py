@@ -80,7 +80,7 @@ def monotonic_align(
     _checks.number(op, "length_penalty", length_penalty, least=-1e30, most=1e30)
     *tensors, wide = arguments
     found = MonotonicAlignment(
-        *_library.native().monotonic_align(*tensors, float(length_penalty), wide)
+        *_library.call_constant("monotonic_align", *tensors, float(length_penalty), wide)
     )
     _checks.lattice_results(op, "scores", found.score)
     return found

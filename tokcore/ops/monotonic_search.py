@@ -61,7 +61,7 @@ def monotonic_search(
     """
     op = "monotonic_search"
     arguments = _checks.lattice(op, "scores", scores, row_lengths, column_lengths, dtype)
-    found = MonotonicSearch(*_library.native().monotonic_search(*arguments))
+    found = MonotonicSearch(*_library.call_constant("monotonic_search", *arguments))
     _checks.lattice_results(op, "scores", found[0])
     return found
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/lattice_call.h"
@@ -21,6 +23,17 @@ void for_each_item(const LatticeCall& call, int64_t cells, const Body& body) {
   if (call.batch > 0) torch::stable::parallel_for(0, call.batch, grain, body);
 }
 
+// is_usable of all of them, without a branch.
+template <typename In>
+bool all_usable(const In* values, int64_t count, In forbidden, double largest) {
+  In limit = In(std::min(largest, double(std::numeric_limits<In>::max())));
+  if (double(limit) > largest) limit = std::nextafter(limit, In(0));
+  int unusable = 0;
+  for (int64_t i = 0; i < count; ++i)
+    unusable |= int(!(std::fabs(values[i]) <= limit)) & int(values[i] != forbidden);
+  return unusable == 0;
+}
+
 // The first item that holds a value which is neither usable nor forbidden, or -1.
 template <typename T, typename In>
 int64_t first_unusable(const LatticeCall& call, double forbidden) {
@@ -31,11 +44,8 @@ int64_t first_unusable(const LatticeCall& call, double forbidden) {
       const int64_t rows = p.rows_of(item), columns = p.columns_of(item);
       const double largest = largest_value<T>(rows, columns);
       bool usable = true;
-      for (int64_t row = 0; row < rows; ++row) {
-        const In* values = p.of(item) + row * p.columns;
-        for (int64_t column = 0; column < columns; ++column)
-          usable &= is_usable(values[column], forbidden, largest);
-      }
+      for (int64_t row = 0; row < rows; ++row)
+        usable &= all_usable(p.of(item) + row * p.columns, columns, In(forbidden), largest);
       if (usable) continue;
       int64_t known = first;
       while (item < known && !first.compare_exchange_weak(known, item)) {
@@ -90,19 +100,24 @@ inline double run_sweep(const LatticeRows& rows, const LatticeSweep<double, doub
   return rows.of_double(p);
 }
 
-// put(item, sum, moves) for every item; `without` is the sum of one that has no cell.
-template <typename T, typename In, typename Put>
+// put(item, sum, moves) for every item; `without` is the sum of one that has no cell. kBanded: no
+// path leaves the band of columns - rows + 1 cells from the diagonal on.
+template <bool kBanded, typename T, typename In, typename Put>
 void sweep_items(const LatticeCall& call, const Lattices<In>& p, const LatticeRows& rows, T without,
                  const Put& put) {
   for_each_item(call, p.rows * p.columns, [&](int64_t begin, int64_t end) {
     std::vector<T> above(p.columns);
-    std::vector<uint8_t> moves(move_count(p.rows, p.columns, rows.strip));
+    std::vector<uint8_t> moves;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t m = p.rows_of(item), n = p.columns_of(item);
       T sum = m + n == 0 ? T(0) : without;
-      if (m > 0 && n > 0)
-        sum = run_sweep(
-            rows, LatticeSweep<In, T>{p.of(item), p.columns, m, n, above.data(), moves.data()});
+      if (m > 0 && n > 0) {
+        const int64_t width = kBanded ? n - m + 1 : n, stride = p.columns + (kBanded ? 1 : 0);
+        const int64_t needed = move_count(m, width, rows.strip);
+        if (int64_t(moves.size()) < needed) moves.resize(needed);
+        sum = run_sweep(rows, LatticeSweep<In, T>{p.of(item), stride, m, width, kBanded,
+                                                  above.data(), moves.data()});
+      }
       put(item, sum, moves.data());
     }
   });
