@@ -138,12 +138,16 @@ def write_example(model, data, args):
     from tokcore.integrations.music21 import write_score
 
     window = data.windows["test"][0]
-    name = data.songs["test"][window.song].name
+    real = data.songs["test"][window.song]
     [melody], _ = written(model, [window], "melody", args)
     [lyric], _ = written(model, [window], "lyric", args)
     found = align(model, window.lines[0], melody)
-    pieces = [[data.vocabulary.piece(token) for token in one.pieces] for one in found.sentences]
-    song = aligned_song(f"{name}, melody by SongMASS", found, pieces)
+    split = data.vocabulary.split
+    pieces = [  # the song's own, those that the vocabulary does not know too
+        [piece for word in real.sentences[index] if word.text for piece in split(word)]
+        for index in window.sentences
+    ]
+    song = aligned_song(f"{real.name}, melody by SongMASS", found, pieces)
     sung = tuple(sentence for sentence in song.sentences if all(word.notes for word in sentence))
     if len(sung) < len(song.sentences):
         print(f"{len(song.sentences) - len(sung)} sentences without a note are not written")
@@ -151,7 +155,7 @@ def write_example(model, data, args):
     for suffix in (".musicxml", ".mid"):
         write_score(song, args.output / f"song{suffix}")
     piano_roll.save(song, args.output / "song.png")
-    print(f"\nlyrics for the melody of {name}:")
+    print(f"\nlyrics for the melody of {real.name}:")
     words = decode_lyric(lyric, data.vocabulary).sentences
     print("\n".join("  " + " ".join(sentence) for sentence in words))
 
