@@ -60,6 +60,7 @@ enum Move : uint8_t { kDiagonal, kFromAbove, kFromLeft };
 
 // Dynamic time warping: the least sum. Ties: diagonal, from above, from the left.
 struct Warping {
+  static constexpr bool kBanded = false;
   template <typename T>
   static constexpr T kWorst = kInfinity<T>;
 
@@ -91,6 +92,7 @@ struct Search {
 // The same over the cells that a path can visit, in columns counted from the diagonal of the row:
 // the row before is then above, and a path begins there.
 struct BandedSearch {
+  static constexpr bool kBanded = true;
   template <typename T>
   static constexpr T kWorst = -kInfinity<T>;
 

@@ -50,10 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> dtw_cpu(const Tensor& cost,
     const DtwTensors<decltype(in), T> p = {call.lattices<decltype(in)>(), data_of<T>(least),
                                            data_of<int32_t>(path), data_of<int32_t>(path_length)};
     const LatticeRows& rows = TOKCORE_CHOSEN(dtw_rows);
-    sweep_items<false>(call, p.in, rows, kInfinity<T>,
-                       [&](int64_t item, T found, const uint8_t* moves) {
-                         p.put(item, found, moves, rows.strip);
-                       });
+    sweep_items<Warping, T>(call, p.in, rows, [&](int64_t item, T found, const uint8_t* moves) {
+      p.put(item, found, moves, rows.strip);
+    });
   });
   return {least, path, path_length};
 }

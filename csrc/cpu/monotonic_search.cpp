@@ -57,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor> monotonic_search_cpu(const Tensor& scores,
                                               data_of<int32_t>(row_of),
                                               data_of<int32_t>(durations)};
     const LatticeRows& rows = TOKCORE_CHOSEN(monotonic_search_rows);
-    sweep_items<true>(call, p.in, rows, -kInfinity<T>,
-                      [&](int64_t item, T found, const uint8_t* moves) {
-                        p.template put<true>(item, found, moves, rows.strip);
-                      });
+    sweep_items<BandedSearch, T>(call, p.in, rows,
+                                 [&](int64_t item, T found, const uint8_t* moves) {
+                                   p.template put<true>(item, found, moves, rows.strip);
+                                 });
   });
   return {greatest, row_of, durations};
 }

@@ -100,23 +100,24 @@ inline double run_sweep(const LatticeRows& rows, const LatticeSweep<double, doub
   return rows.of_double(p);
 }
 
-// put(item, sum, moves) for every item; `without` is the sum of one that has no cell. kBanded: no
-// path leaves the band of columns - rows + 1 cells from the diagonal on.
-template <bool kBanded, typename T, typename In, typename Put>
-void sweep_items(const LatticeCall& call, const Lattices<In>& p, const LatticeRows& rows, T without,
+// put(item, sum, moves) for every item; one without a cell has the worst sum. Where the rule is
+// banded, no path leaves the columns - rows + 1 cells from the diagonal on.
+template <typename Rule, typename T, typename In, typename Put>
+void sweep_items(const LatticeCall& call, const Lattices<In>& p, const LatticeRows& rows,
                  const Put& put) {
   for_each_item(call, p.rows * p.columns, [&](int64_t begin, int64_t end) {
     std::vector<T> above(p.columns);
     std::vector<uint8_t> moves;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t m = p.rows_of(item), n = p.columns_of(item);
-      T sum = m + n == 0 ? T(0) : without;
+      T sum = m + n == 0 ? T(0) : Rule::template kWorst<T>;
       if (m > 0 && n > 0) {
-        const int64_t width = kBanded ? n - m + 1 : n, stride = p.columns + (kBanded ? 1 : 0);
+        const int64_t width = Rule::kBanded ? n - m + 1 : n;
+        const int64_t stride = p.columns + (Rule::kBanded ? 1 : 0);
         const int64_t needed = move_count(m, width, rows.strip);
         if (int64_t(moves.size()) < needed) moves.resize(needed);
-        sum = run_sweep(rows, LatticeSweep<In, T>{p.of(item), stride, m, width, kBanded,
-                                                  above.data(), moves.data()});
+        sum = run_sweep(
+            rows, LatticeSweep<In, T>{p.of(item), stride, m, width, above.data(), moves.data()});
       }
       put(item, sum, moves.data());
     }

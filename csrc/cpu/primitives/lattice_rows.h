@@ -11,9 +11,8 @@ template <typename In, typename T>
 struct LatticeSweep {
   const In* values;
   int64_t stride, rows, columns;  // of one item
-  bool banded;     // columns from the diagonal on: a path begins above, not diagonally
-  T* above;        // scratch (columns)
-  uint8_t* moves;  // out, as trace_back reads them
+  T* above;                       // scratch (columns)
+  uint8_t* moves;                 // out, as trace_back reads them
 };
 
 struct LatticeRows {

@@ -110,11 +110,15 @@ class Layer(nn.Module):
 
 
 class EncoderLayer(Layer):
+    """Self-attention to the keys that are allowed, then the feed-forward."""
+
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
         return self.transform(self.attend(x, allowed))
 
 
 class DecoderLayer(Layer):
+    """Self-attention, attention to the source within segments, then the feed-forward."""
+
     def __init__(self, width: int, heads: int, feed_forward: int, dropout: float) -> None:
         super().__init__(width, heads, feed_forward, dropout)
         self.cross_attention = CrossAttention(width, heads)
