@@ -187,7 +187,7 @@ def test_warm_clock(monkeypatch):
     clock, calls = measure.clock("cpu", warm=True), []
     peak, seconds = clock.peak(lambda: calls.append(torch.ones(1 << 20)))
     assert len(calls) == 2
-    assert peak >= 2 * calls[0].nbytes
+    assert peak == pytest.approx(2 * calls[0].nbytes, rel=0.05)  # counted in pages
     assert seconds > 0
     monkeypatch.setattr(clock, "LONG", 0.0)
     clock.time(lambda: calls.append(None))
