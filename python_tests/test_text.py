@@ -1,9 +1,11 @@
 """TER against tercom's own numbers; tags; wrong input."""
 
 import json
+import random
+import signal
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +28,10 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_everything_that_tercom_reports(run, threads):
-    result = ter(HYPOTHESES, REFERENCES, threads=threads, **RUNS[run])
-    for i, pair in enumerate(GOLDEN):
+@pytest.mark.parametrize(("threads", "times"), [(1, 1), (3, 20)])  # few are not worth a thread
+def test_everything_that_tercom_reports(run, threads, times):
+    result = ter(HYPOTHESES * times, REFERENCES * times, threads=threads, **RUNS[run])
+    for i, pair in enumerate(GOLDEN * times):
         want = pair[run]
         after = [pair["hyp"][k].lower() for k in result.permutation[i]]
         assert result.edits[i] == want["edits"], pair
@@ -240,14 +242,40 @@ def test_flags_of_tags_are_bools():
             ter(["a"], ["a"], **{name: "yes"})
 
 
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_signal_ends_a_long_search(pairs):
+    """Its handler runs while the search does: a second time, too, before it has come to an end."""
+    generator = random.Random(0)
+    long = [[generator.randrange(3) for _ in range(1000)] for _ in range(2)]
+    alarms = count(1)
+
+    def handler(*_):
+        if next(alarms) == 2:
+            raise Enough
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        with pytest.raises(Enough):
+            ter([long[0], [1]][:pairs], [long[1], [1]][:pairs], threads=2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 NATIVE = {
-    "hypothesis": np.arange(3),
-    "hypothesis_offsets": np.array([0, 1, 3]),
-    "reference": np.arange(2),
-    "reference_offsets": np.array([0, 1, 2]),
-    "pair_offsets": np.array([0, 1, 2]),
+    "words": np.arange(5),
+    "written": np.arange(5),
+    "sentence_offsets": np.array([0, 1, 3, 4, 5]),
+    "reference_offsets": np.array([2, 3, 4]),
     "max_shift_distance": 50,
     "beam": 20,
+    "end_of_sentence": False,
+    "only_numbers": False,
     "threads": 1,
 }
 
@@ -255,14 +283,17 @@ NATIVE = {
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
-        ({"hypothesis": np.zeros((1, 3), int)}, ValueError, "hypothesis must have one dimension"),
-        ({"hypothesis": np.arange(3.0)}, TypeError, "incompatible function arguments"),
-        ({"hypothesis_offsets": np.array([0, 1, 4])}, ValueError, "must run from 0 to 3"),
-        ({"hypothesis_offsets": np.array([1, 1, 3])}, ValueError, "must run from 0 to 3"),
-        ({"hypothesis_offsets": np.array([0, 9, 3])}, ValueError, "must not fall, got 3 after 9"),
+        ({"words": np.zeros((1, 5), int)}, ValueError, "words must have one dimension"),
+        ({"words": np.arange(5.0)}, TypeError, "incompatible function arguments"),
+        ({"written": np.zeros((1, 5), int)}, ValueError, "written must have one dimension"),
+        ({"written": np.arange(4)}, ValueError, "written must be as many as words, 5, got 4"),
+        ({"sentence_offsets": np.array([0, 1, 3, 4, 6])}, ValueError, "must run from 0 to 5"),
+        ({"sentence_offsets": np.array([1, 1, 3, 4, 5])}, ValueError, "must run from 0 to 5"),
+        ({"sentence_offsets": np.array([0, 9, 3, 4, 5])}, ValueError, "not fall, got 3 after 9"),
+        ({"sentence_offsets": np.zeros(0, int)}, ValueError, "sentence_offsets must run"),
         ({"reference_offsets": np.zeros(0, int)}, ValueError, "reference_offsets must run"),
-        ({"pair_offsets": np.array([0, 2, 2])}, ValueError, "a reference, got none for pair 1"),
-        ({"pair_offsets": np.array([0, 2])}, ValueError, "as many as hypothesis_offsets"),
+        ({"reference_offsets": np.array([2, 4, 4])}, ValueError, "a reference, got none for 1"),
+        ({"reference_offsets": np.array([0, 3, 4])}, ValueError, "must run from 2 to 4"),
     ],
 )
 def test_the_native_module_reads_nothing_beyond(wrong, error, text):

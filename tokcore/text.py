@@ -3,7 +3,7 @@
 import numbers
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, count, pairwise
+from itertools import accumulate, chain, count
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,6 @@ except ImportError as error:
         "`pip install --no-build-isolation .` in a clone.",
         name="tokcore._host",
     ) from error
-
-_LETTERS = np.frombuffer(b" SID", dtype=np.uint8)  # as csrc/common/edit_align.h numbers them
-_MATCH, _INSERTION, _DELETION = 0, 2, 3
-_TAGS = np.array(["OK", "BAD"])
 
 
 class Shift(NamedTuple):
@@ -77,7 +73,8 @@ def ter(
     the hypothesis that stands in the reference elsewhere and whose move saves most, longer ones
     first, as long as one saves an edit. Alignments are those of least cost which, read from the
     end, prefer aligned words, then extra ones, then missing ones. All choices are tercom's, so
-    edits, shifts and alignments are too.
+    edits, shifts and alignments are too. As there, long sentences of few distinct words that are
+    unlike take long (1000 of 3 words a minute, 5000 hours); Ctrl-C ends it.
 
     Args:
         hypotheses: N sentences. A sentence is a str, split at white space (``str.split``); or a
@@ -93,7 +90,8 @@ def ter(
             missing the word to their right is BAD (the end, if there is none).
         case_mismatch_is_bad: words that match but for their case are BAD, though no edit (the
             tagger of WMT's word-level tasks). Nothing to integers.
-        threads: how many share the pairs. Default: one a processor.
+        threads: how many share the pairs, fewer where they are little work. Default: one a
+            processor.
 
     Returns:
         TER of
@@ -138,33 +136,19 @@ def ter(
     2006; jhclark/tercom:src/ter/core/TerScorer.java;
     deep-spin/qe-corpus-builder:corpus_generation/tools/generate_BAD_tags.py (the tags).
     """
-    _flag("ter", "end_of_sentence", end_of_sentence)
-    _flag("ter", "case_mismatch_is_bad", case_mismatch_is_bad)
-    corpus = _Corpus("ter", hypotheses, references, case_sensitive)
-    out = corpus.run(shifts, beam, max_shift_distance, threads)
-    operations, bounds = out["operations"]
-    letters = _LETTERS[operations].tobytes().decode()
-    order, words = out["order"]
-    moves, move_bounds = out["shifts"]
-    moved = [Shift(*move) for move in moves.reshape(-1, 4).tolist()]
-    bad, missing = _errors(out, corpus if case_mismatch_is_bad else None)
-    gaps = words + np.arange(len(words))  # a pair has one more of them than words
-    if end_of_sentence:
-        marked = missing.copy()
-        marked[np.delete(np.arange(len(missing)), gaps[1:] - 1)] |= bad
-        bad = marked
-    lengths = corpus.reference_length()
-    return TER(
-        out["edits"],
-        lengths,
-        _rate(out["edits"], lengths),
-        out["reference"],
-        _split(moved, move_bounds // 4),
-        _split(order, words),
-        _split(letters, bounds),
-        _split(_TAGS[bad.astype(int)].tolist(), gaps if end_of_sentence else words),
-        _split(_TAGS[missing.astype(int)].tolist(), gaps),
+    corpus = _Corpus("ter", hypotheses, references)
+    out = corpus.run(
+        shifts,
+        case_sensitive,
+        beam,
+        max_shift_distance,
+        threads,
+        end_of_sentence=_flag("ter", "end_of_sentence", end_of_sentence),
+        case_mismatch_is_bad=_flag("ter", "case_mismatch_is_bad", case_mismatch_is_bad),
     )
+    moves = [list(map(Shift._make, of_pair)) for of_pair in out.pop("shifts")]
+    rates = map(_rate, out["edits"].tolist(), out["reference_length"].tolist())
+    return TER(score=np.array(list(rates), dtype=float), shifts=moves, **out)
 
 
 def corpus_ter(
@@ -190,53 +174,21 @@ def corpus_ter(
     >>> corpus_ter(["a b c", "d"], ["a c", "d e"])
     CorpusTER(score=0.5, edits=2, reference_length=4.0)
     """
-    corpus = _Corpus("corpus_ter", hypotheses, references, case_sensitive)
-    edits = int(corpus.run(shifts, beam, max_shift_distance, threads)["edits"].sum())
-    length = float(corpus.reference_length().sum())
-    return CorpusTER(float(_rate(np.array(edits), np.array(length))), edits, length)
+    corpus = _Corpus("corpus_ter", hypotheses, references)
+    out = corpus.run(shifts, case_sensitive, beam, max_shift_distance, threads, only_numbers=True)
+    edits, length = int(out["edits"].sum()), float(out["reference_length"].sum())
+    return CorpusTER(_rate(edits, length), edits, length)
 
 
-def _rate(edits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    return np.where(lengths > 0, edits / np.maximum(lengths, 1e-300), (edits > 0).astype(float))
-
-
-def _split(values, bounds: np.ndarray) -> list:
-    return [values[begin:end] for begin, end in pairwise(bounds.tolist())]
-
-
-def _errors(out: dict, corpus: "_Corpus | None") -> tuple[np.ndarray, np.ndarray]:
-    """Which words are wrong, in the hypotheses' own order, and in which gaps words are missing.
-    With a corpus, whose words are compared once more as they are written.
-    """
-    operations, bounds = out["operations"]
-    order, words = out["order"]
-    pairs = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    place = order + np.repeat(words[:-1], np.diff(words))  # of the words after all shifts
-    taken = operations != _DELETION
-    bad = np.zeros(len(order), dtype=bool)
-    bad[place] = operations[taken] != _MATCH
-    word = np.cumsum(taken) - taken  # the one at each operation, or after it
-    if corpus is not None:
-        used = operations != _INSERTION
-        target = np.cumsum(used) - used  # the same, of the references that were aligned
-        match = operations == _MATCH
-        at = place[word[match]]
-        bad[at] |= corpus.differs(at, target[match], out["reference"])
-    lost = ~taken
-    of = pairs[lost]
-    last = words[of + 1]
-    before = np.where(word[lost] == last, last, np.append(place, 0)[word[lost]])
-    missing = np.zeros(len(order) + len(words) - 1, dtype=bool)
-    missing[before + of] = True
-    return bad, missing
+def _rate(edits: int, length: float) -> float:
+    return edits / length if length > 0 else float(edits > 0)
 
 
 class _Corpus:
     """Sentences as the native module takes them: one after the other, with their bounds."""
 
-    def __init__(self, op: str, hypotheses, references, case_sensitive: bool) -> None:
+    def __init__(self, op: str, hypotheses, references) -> None:
         self.op = op
-        self.case_sensitive = _flag(op, "case_sensitive", case_sensitive)
         for name, value in (("hypotheses", hypotheses), ("references", references)):
             if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
                 raise TypeError(
@@ -248,41 +200,39 @@ class _Corpus:
                 f"{len(references)}"
             )
         self._kind, self._kind_of = None, ""
-        self.hypotheses = [
+        sentences = [
             self._sentence(f"hypotheses[{i}]", sentence) for i, sentence in enumerate(hypotheses)
         ]
-        several = [self._several(f"references[{i}]", value) for i, value in enumerate(references)]
-        self.references = list(chain.from_iterable(several))
-        self.pair_offsets = _offsets(several)
-        self.hypothesis_offsets = _offsets(self.hypotheses)
-        self.reference_offsets = _offsets(self.references)
+        self.several = [
+            self._several(f"references[{i}]", value) for i, value in enumerate(references)
+        ]
+        self.sentences = [*sentences, *chain.from_iterable(self.several)]
 
-    def run(self, shifts, beam, max_shift_distance, threads) -> dict:
+    def run(
+        self,
+        shifts,
+        case_sensitive,
+        beam,
+        max_shift_distance,
+        threads,
+        *,
+        end_of_sentence: bool = False,
+        case_mismatch_is_bad: bool = False,
+        only_numbers: bool = False,
+    ) -> dict:
         distance = _integer(self.op, "max_shift_distance", max_shift_distance, least=0)
-        ids = self._ids(exact=self.case_sensitive)
+        words = self._ids(exact=_flag(self.op, "case_sensitive", case_sensitive))
         return _host.ter(
-            hypothesis=ids[0],
-            hypothesis_offsets=self.hypothesis_offsets,
-            reference=ids[1],
-            reference_offsets=self.reference_offsets,
-            pair_offsets=self.pair_offsets,
+            words=words,
+            written=self._ids(exact=True) if case_mismatch_is_bad else words,
+            sentence_offsets=_offsets(0, self.sentences),
+            reference_offsets=_offsets(len(self.several), self.several),
             max_shift_distance=distance if _flag(self.op, "shifts", shifts) else 0,
             beam=-1 if beam is None else _integer(self.op, "beam", beam, least=0),
+            end_of_sentence=end_of_sentence,
+            only_numbers=only_numbers,
             threads=0 if threads is None else _integer(self.op, "threads", threads, least=1),
         )
-
-    def reference_length(self) -> np.ndarray:
-        totals = self.reference_offsets[self.pair_offsets]
-        return np.diff(totals) / np.diff(self.pair_offsets)
-
-    def differs(self, words: np.ndarray, targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Of words by their place in all hypotheses, and in all references that were chosen."""
-        hypothesis, reference = self._ids(exact=True)
-        which = self.pair_offsets[:-1] + chosen
-        lengths = np.diff(self.reference_offsets)[which]
-        skipped = self.reference_offsets[which] - (np.cumsum(lengths) - lengths)
-        place = np.arange(lengths.sum()) + np.repeat(skipped, lengths)
-        return hypothesis[words] != reference[place[targets]]
 
     def _several(self, name: str, value) -> list:
         """The references of a pair, one or more."""
@@ -307,27 +257,19 @@ class _Corpus:
             return value.split()
         return _integers(self.op, name, value) if kind == "integers" else list(value)
 
-    def _ids(self, *, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _ids(self, *, exact: bool) -> np.ndarray:
+        """A number for each word."""
         if self._kind == "integers":
             empty = np.zeros(0, dtype=np.int64)
-            return tuple(
-                np.concatenate([empty, *(s for s in sentences if len(s) > 0)])
-                for sentences in (self.hypotheses, self.references)
-            )
+            return np.concatenate([empty, *(s for s in self.sentences if len(s) > 0)])
+        words = chain.from_iterable(self.sentences)
+        words = words if exact else map(str.lower, words)
         numbers_of = defaultdict(count().__next__)
-
-        def number(sentences) -> np.ndarray:
-            words = chain.from_iterable(sentences)
-            words = words if exact else map(str.lower, words)
-            return np.fromiter(map(numbers_of.__getitem__, words), dtype=np.int64)
-
-        return number(self.hypotheses), number(self.references)
+        return np.fromiter(map(numbers_of.__getitem__, words), dtype=np.int64)
 
 
-def _offsets(parts: list) -> np.ndarray:
-    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-    np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)), out=offsets[1:])
-    return offsets
+def _offsets(first: int, parts: list) -> np.ndarray:
+    return np.fromiter(accumulate(map(len, parts), initial=first), dtype=np.int64)
 
 
 def _holds_sentences(value) -> bool:

@@ -1,7 +1,8 @@
-// tokcore._host: what takes no tensors. NumPy arrays in and out; the interpreter runs on meanwhile.
+// tokcore._host: what takes no tensors. The interpreter runs on meanwhile.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <string>
 #include <thread>
 
@@ -22,86 +23,111 @@ void check_flat(const char* name, const Integers& array) {
         std::string(name) + " must have one dimension, got " + std::to_string(array.ndim()));
 }
 
-// The bounds of consecutive parts: they rise from 0 to `end`.
-void check_offsets(const char* name, const Integers& offsets, int64_t end) {
+// The bounds of consecutive parts: they rise from `begin` to `end`.
+void check_offsets(const char* name, const Integers& offsets, int64_t begin, int64_t end) {
   check_flat(name, offsets);
-  check(offsets.size() > 0 && offsets.at(0) == 0 && offsets.at(offsets.size() - 1) == end,
-        std::string(name) + " must run from 0 to " + std::to_string(end));
+  check(
+      offsets.size() > 0 && offsets.at(0) == begin && offsets.at(offsets.size() - 1) == end,
+      std::string(name) + " must run from " + std::to_string(begin) + " to " + std::to_string(end));
   for (py::ssize_t i = 1; i < offsets.size(); ++i)
     check(offsets.at(i) >= offsets.at(i - 1), std::string(name) + " must not fall, got " +
                                                   std::to_string(offsets.at(i)) + " after " +
                                                   std::to_string(offsets.at(i - 1)));
 }
 
-std::vector<Words> sentences(const Integers& ids, const Integers& offsets) {
-  std::vector<Words> result(offsets.size() - 1);
-  for (size_t i = 0; i < result.size(); ++i)
-    result[i] = {ids.data() + offsets.at(i), offsets.at(i + 1) - offsets.at(i)};
-  return result;
-}
-
-// The parts that `part` takes from the results, one after the other, and their bounds.
 template <typename T, typename Part>
-py::tuple concatenated(const std::vector<TerResult>& results, const Part& part) {
-  py::array_t<int64_t> offsets(py::ssize_t(results.size()) + 1);
-  int64_t* bounds = offsets.mutable_data();
-  bounds[0] = 0;
-  for (size_t i = 0; i < results.size(); ++i)
-    bounds[i + 1] = bounds[i] + int64_t(part(results[i]).size());
-  py::array_t<T> values(bounds[results.size()]);
+py::array_t<T> array_of(const std::vector<TerResult>& results, const Part& part) {
+  py::array_t<T> values(py::ssize_t(results.size()));
   T* to = values.mutable_data();
-  for (const TerResult& result : results)
-    for (const T value : part(result)) *to++ = value;
-  return py::make_tuple(values, offsets);
+  for (const TerResult& result : results) *to++ = part(result);
+  return values;
 }
 
-py::dict ter(const Integers& hypothesis, const Integers& hypothesis_offsets,
-             const Integers& reference, const Integers& reference_offsets,
-             const Integers& pair_offsets, int64_t max_shift_distance, int64_t beam,
-             int64_t threads) {
-  check_flat("hypothesis", hypothesis);
-  check_flat("reference", reference);
-  check_offsets("hypothesis_offsets", hypothesis_offsets, hypothesis.size());
-  check_offsets("reference_offsets", reference_offsets, reference.size());
-  check_offsets("pair_offsets", pair_offsets, reference_offsets.size() - 1);
-  check(pair_offsets.size() == hypothesis_offsets.size(),
-        "pair_offsets must be as many as hypothesis_offsets, got " +
-            std::to_string(pair_offsets.size()) + " and " +
-            std::to_string(hypothesis_offsets.size()));
-  const std::vector<Words> hypotheses = sentences(hypothesis, hypothesis_offsets);
-  const std::vector<Words> references = sentences(reference, reference_offsets);
-  std::vector<TerPair> pairs(hypotheses.size());
+template <typename Values, typename Convert>
+py::list list_of(const Values& values, const Convert& convert) {
+  py::list list(values.size());
+  for (size_t i = 0; i < values.size(); ++i) list[i] = convert(values[i]);
+  return list;
+}
+
+py::dict as_python(const std::vector<TerResult>& results, bool only_numbers) {
+  py::dict out;
+  out["edits"] = array_of<int64_t>(results, [](const TerResult& r) { return r.edits; });
+  out["reference"] = array_of<int64_t>(results, [](const TerResult& r) { return r.reference; });
+  out["reference_length"] =
+      array_of<double>(results, [](const TerResult& r) { return r.reference_length; });
+  if (only_numbers) return out;
+  const py::str tags[] = {"OK", "BAD"};
+  const auto tag = [&](char wrong) { return tags[int(wrong)]; };
+  out["shifts"] = list_of(results, [](const TerResult& r) {
+    return list_of(r.shifts, [](const TerShift& s) {
+      return py::make_tuple(s.start, s.end, s.reference, s.target);
+    });
+  });
+  out["permutation"] = list_of(results, [](const TerResult& r) {
+    return py::array_t<int64_t>(py::ssize_t(r.order.size()), r.order.data());
+  });
+  out["alignment"] = list_of(results, [](const TerResult& r) {
+    std::string letters;
+    for (const int8_t operation : r.operations) letters += " SID"[operation];
+    return py::str(letters);
+  });
+  out["word_tags"] =
+      list_of(results, [&](const TerResult& r) { return list_of(r.wrong_words, tag); });
+  out["gap_tags"] =
+      list_of(results, [&](const TerResult& r) { return list_of(r.wrong_gaps, tag); });
+  return out;
+}
+
+// Raises what a signal does, a KeyboardInterrupt say, but asks for one seldom: another thread of
+// Python may hold the interpreter.
+class Signals {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_) return;
+    const py::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    next_ = now + kBetween;
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kBetween{100};
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + kBetween;
+};
+
+py::dict ter(const Integers& words, const Integers& written, const Integers& sentence_offsets,
+             const Integers& reference_offsets, int64_t max_shift_distance, int64_t beam,
+             bool end_of_sentence, bool only_numbers, int64_t threads) {
+  check_flat("words", words);
+  check_flat("written", written);
+  check(written.size() == words.size(), "written must be as many as words, " +
+                                            std::to_string(words.size()) + ", got " +
+                                            std::to_string(written.size()));
+  check_offsets("sentence_offsets", sentence_offsets, 0, words.size());
+  check_offsets("reference_offsets", reference_offsets, reference_offsets.size() - 1,
+                sentence_offsets.size() - 1);
+  std::vector<Words> sentences(sentence_offsets.size() - 1);
+  for (size_t i = 0; i < sentences.size(); ++i) {
+    const int64_t begin = sentence_offsets.at(i);
+    sentences[i] = {words.data() + begin, written.data() + begin,
+                    sentence_offsets.at(i + 1) - begin};
+  }
+  std::vector<TerPair> pairs(reference_offsets.size() - 1);
   for (size_t i = 0; i < pairs.size(); ++i) {
-    pairs[i] = {hypotheses[i], references.data() + pair_offsets.at(i),
-                references.data() + pair_offsets.at(i + 1)};
+    pairs[i] = {sentences[i], sentences.data() + reference_offsets.at(i),
+                sentences.data() + reference_offsets.at(i + 1)};
     check(pairs[i].first < pairs[i].last,
-          "pair_offsets must give every pair a reference, got none for pair " + std::to_string(i));
+          "reference_offsets must give every pair a reference, got none for " + std::to_string(i));
   }
   if (threads <= 0) threads = int64_t(std::thread::hardware_concurrency());
   std::vector<TerResult> results;
   {
     const py::gil_scoped_release released;
-    results = translation_edit_rates(pairs, {max_shift_distance, beam}, threads);
+    results = translation_edit_rates(pairs, {max_shift_distance, beam, end_of_sentence}, threads,
+                                     Signals());
   }
-  py::array_t<int64_t> edits(py::ssize_t(results.size())), chosen(py::ssize_t(results.size()));
-  for (size_t i = 0; i < results.size(); ++i) {
-    edits.mutable_at(i) = results[i].edits;
-    chosen.mutable_at(i) = results[i].reference;
-  }
-  py::dict out;
-  out["edits"] = edits;
-  out["reference"] = chosen;
-  out["order"] = concatenated<int64_t>(
-      results, [](const TerResult& r) -> const std::vector<int64_t>& { return r.order; });
-  out["operations"] = concatenated<int8_t>(
-      results, [](const TerResult& r) -> const std::vector<int8_t>& { return r.operations; });
-  out["shifts"] = concatenated<int64_t>(results, [](const TerResult& r) {
-    std::vector<int64_t> flat;
-    for (const TerShift& s : r.shifts)
-      flat.insert(flat.end(), {s.start, s.end, s.reference, s.target});
-    return flat;
-  });
-  return out;
+  return as_python(results, only_numbers);
 }
 
 }  // namespace
@@ -109,12 +135,14 @@ py::dict ter(const Integers& hypothesis, const Integers& hypothesis_offsets,
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Computations of tokcore that take no tensors.";
-  m.def(
-      "ter", &tokcore::ter, pybind11::kw_only(), pybind11::arg("hypothesis"),
-      pybind11::arg("hypothesis_offsets"), pybind11::arg("reference"),
-      pybind11::arg("reference_offsets"), pybind11::arg("pair_offsets"),
-      pybind11::arg("max_shift_distance"), pybind11::arg("beam"), pybind11::arg("threads"),
-      "Translation edit rates of sentences of integers, one after the other in flat arrays whose\n"
-      "bounds are the offsets; references [pair_offsets[i], pair_offsets[i + 1]) are pair i's.\n"
-      "What tokcore.text.ter computes with. beam < 0: none; threads <= 0: one a processor.");
+  m.def("ter", &tokcore::ter, pybind11::kw_only(), pybind11::arg("words"), pybind11::arg("written"),
+        pybind11::arg("sentence_offsets"), pybind11::arg("reference_offsets"),
+        pybind11::arg("max_shift_distance"), pybind11::arg("beam"),
+        pybind11::arg("end_of_sentence"), pybind11::arg("only_numbers"), pybind11::arg("threads"),
+        "The fields of tokcore.text.TER but for the score. Sentences stand one after the other,\n"
+        "with sentence_offsets for bounds: sentence i is the hypothesis of pair i, its references\n"
+        "are the sentences [reference_offsets[i], reference_offsets[i + 1]). Words are compared\n"
+        "as in words, and aligned ones as in written once more, for tags. only_numbers: no more\n"
+        "than the edits, the reference and its length. beam < 0: none; threads <= 0: one a\n"
+        "processor.");
 }

@@ -2,10 +2,10 @@
 #include "host/ter.h"
 
 #include <atomic>
+#include <chrono>
 #include <exception>
-#include <mutex>
+#include <future>
 #include <numeric>
-#include <thread>
 
 #include "host/word_aligner.h"
 
@@ -13,6 +13,9 @@ namespace tokcore {
 namespace {
 
 constexpr int64_t kMostWords = 10;  // of a shift
+constexpr int64_t kWordsBetweenPolls = 4096;
+constexpr std::chrono::milliseconds kBetweenPolls{100};  // of one who waits
+constexpr int64_t kCellsOfThread = 1 << 14;  // fewer are aligned before another thread has begun
 
 // A shift swaps two neighbouring ranges: [first, middle) and [middle, last).
 struct Swap {
@@ -35,9 +38,11 @@ void apply(const Swap& swap, std::vector<T>& order) {
 
 class Scorer {
  public:
-  explicit Scorer(const TerOptions& options) : options_(options), aligner_(options.beam) {}
+  Scorer(const TerOptions& options, std::function<void()> poll)
+      : options_(options), poll_(std::move(poll)), aligner_(options.beam) {}
 
   TerResult score(Words hypothesis, Words reference) {
+    poll_();
     aligner_.set(hypothesis, reference);
     list_positions();
     current_ = aligner_.hypothesis();
@@ -58,6 +63,13 @@ class Scorer {
   }
 
  private:
+  void step() {
+    walked_ += words();
+    if (walked_ < kWordsBetweenPolls) return;
+    walked_ = 0;
+    poll_();
+  }
+
   int64_t words() const { return int64_t(current_.size()); }
 
   // Where each number stands in the reference, rising.
@@ -102,6 +114,7 @@ class Scorer {
       if (hopeless()) break;
       for (const TerShift& shift : candidates_[length - 1]) {
         if (hopeless()) break;
+        step();
         const Swap swap = swap_of(shift, words());
         const auto at = current_.begin();
         std::rotate_copy(at + swap.first, at + swap.middle, at + swap.last,
@@ -121,6 +134,7 @@ class Scorer {
   void list_candidates() {
     for (std::vector<TerShift>& of_length : candidates_) of_length.clear();
     for (int64_t start = 0; start < words(); ++start) {
+      step();
       const int64_t number = current_[start];
       found_.assign(positions_.begin() + first_position_[number],
                     positions_.begin() + first_position_[number + 1]);
@@ -175,7 +189,9 @@ class Scorer {
   }
 
   TerOptions options_;
+  std::function<void()> poll_;
   WordAligner aligner_;
+  int64_t walked_ = 0;  // words since the last poll
   std::vector<int32_t> current_, moved_;
   std::vector<int64_t> positions_, first_position_;  // of all numbers, one after the other
   std::vector<char> wrong_;                          // words of the current order
@@ -184,44 +200,86 @@ class Scorer {
   std::vector<TerShift> candidates_[kMostWords];
 };
 
-TerResult best_of(Scorer& scorer, const TerPair& pair) {
+void tag(const Words& hypothesis, const Words& reference, bool end_of_sentence, TerResult& result) {
+  std::vector<char>&words = result.wrong_words, &gaps = result.wrong_gaps;
+  words.assign(hypothesis.size, false);
+  gaps.assign(hypothesis.size + 1, false);
+  int64_t i = 0, j = 0;
+  for (const int8_t operation : result.operations) {
+    const int64_t place = j < hypothesis.size ? result.order[j] : j;
+    if (operation == kDeletion)
+      gaps[place] = true;
+    else
+      words[place] = operation != kMatch || hypothesis.written[place] != reference.written[i];
+    i += operation != kInsertion;
+    j += operation != kDeletion;
+  }
+  if (!end_of_sentence) return;
+  words.push_back(false);
+  for (size_t k = 0; k < gaps.size(); ++k) words[k] |= gaps[k];
+}
+
+TerResult best_of(Scorer& scorer, const TerPair& pair, bool end_of_sentence) {
   TerResult best = scorer.score(pair.hypothesis, *pair.first);
+  int64_t total = pair.first->size;
   for (const Words* reference = pair.first + 1; reference != pair.last; ++reference) {
     TerResult other = scorer.score(pair.hypothesis, *reference);
+    total += reference->size;
     if (other.edits >= best.edits) continue;
     best = std::move(other);
     best.reference = reference - pair.first;
   }
+  best.reference_length = double(total) / double(pair.last - pair.first);
+  tag(pair.hypothesis, pair.first[best.reference], end_of_sentence, best);
   return best;
 }
+
+struct Cancelled {};
 
 }  // namespace
 
 std::vector<TerResult> translation_edit_rates(const std::vector<TerPair>& pairs,
-                                              const TerOptions& options, int64_t threads) {
+                                              const TerOptions& options, int64_t threads,
+                                              const std::function<void()>& poll) {
   std::vector<TerResult> results(pairs.size());
   std::atomic<size_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failing;
-  const auto work = [&] {
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // the first
+  const auto guarded = [&](const auto& task) {
     try {
-      Scorer scorer(options);
-      for (size_t i = next++; i < pairs.size(); i = next++) results[i] = best_of(scorer, pairs[i]);
+      task();
     } catch (...) {
-      next = pairs.size();
-      const std::lock_guard<std::mutex> lock(failing);
-      failure = std::current_exception();
+      if (!failed.exchange(true)) failure = std::current_exception();
     }
   };
-  std::vector<std::thread> helpers;
-  const int64_t wanted = std::min<int64_t>(threads, int64_t(pairs.size()));
+  const auto work = [&](const std::function<void()>& own_poll) {
+    guarded([&] {
+      Scorer scorer(options, [&] {
+        if (failed) throw Cancelled();
+        own_poll();
+      });
+      for (size_t i = next++; i < pairs.size(); i = next++)
+        results[i] = best_of(scorer, pairs[i], options.end_of_sentence);
+    });
+  };
+  int64_t cells = 0;
+  for (const TerPair& pair : pairs)
+    for (const Words* reference = pair.first; reference != pair.last; ++reference)
+      cells += pair.hypothesis.size * reference->size;
+  const int64_t wanted = std::min({threads, int64_t(pairs.size()), 1 + cells / kCellsOfThread});
+  std::vector<std::future<void>> helpers;
   try {
-    for (int64_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The machine grants no more threads: those that there are do it.
+    for (int64_t t = 1; t < wanted; ++t)
+      helpers.push_back(std::async(std::launch::async, work, [] {}));
+  } catch (const std::exception&) {
+    // No more threads, or no memory for them: those that there are do it.
   }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  work(poll);
+  guarded([&] {
+    for (const std::future<void>& helper : helpers)
+      while (helper.wait_for(kBetweenPolls) == std::future_status::timeout) poll();
+  });
+  helpers.clear();  // waits for those that a failure has cancelled
   if (failure) std::rethrow_exception(failure);
   return results;
 }

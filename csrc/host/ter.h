@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace tokcore {
@@ -10,10 +11,12 @@ namespace tokcore {
 struct TerOptions {
   int64_t max_shift_distance;  // 0: no shifts
   int64_t beam;  // cells dearer than their column's best by more are dropped; negative: none are
+  bool end_of_sentence;  // wrong_words has one more, of the end
 };
 
 struct Words {
   const int64_t* ids;
+  const int64_t* written;  // aligned words of which these differ are wrong, though no edit
   int64_t size;
 };
 
@@ -29,6 +32,9 @@ struct TerResult {
   std::vector<TerShift> shifts;
   std::vector<int64_t> order;      // the hypothesis' words after all shifts
   std::vector<int8_t> operations;  // on that order, numbered as in common/edit_align.h
+  double reference_length = 0;     // the average over all references
+  std::vector<char> wrong_words;   // in the hypothesis' own order
+  std::vector<char> wrong_gaps;    // words are missing before this one, or at the end
 };
 
 // A hypothesis and its references [first, last): the first of those with the fewest edits counts.
@@ -37,7 +43,9 @@ struct TerPair {
   const Words *first, *last;
 };
 
+// `poll` is called now and then in the calling thread; what it throws ends all.
 std::vector<TerResult> translation_edit_rates(const std::vector<TerPair>& pairs,
-                                              const TerOptions& options, int64_t threads);
+                                              const TerOptions& options, int64_t threads,
+                                              const std::function<void()>& poll);
 
 }  // namespace tokcore
