@@ -74,7 +74,7 @@ def ter(
     first, as long as one saves an edit. Alignments are those of least cost which, read from the
     end, prefer aligned words, then extra ones, then missing ones. All choices are tercom's, so
     edits, shifts and alignments are too. As there, long sentences of few distinct words that are
-    unlike take long (1000 of 3 words a minute, 5000 hours); Ctrl-C ends it.
+    unlike take long (1000 of 3 distinct words: a minute); Ctrl-C ends it.
 
     Args:
         hypotheses: N sentences. A sentence is a str, split at white space (``str.split``); or a
