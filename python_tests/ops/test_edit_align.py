@@ -45,7 +45,7 @@ def assert_pair(result: EditAlign, pair: int, operations, columns: int, rows: in
         assert got[pair].tolist() == value, (name, pair)
 
 
-def against_the_cells(hypothesis, reference, hypothesis_lengths=None, reference_lengths=None):
+def assert_cells(hypothesis, reference, hypothesis_lengths=None, reference_lengths=None):
     result = edit_align(hypothesis, reference, hypothesis_lengths, reference_lengths)
     columns, rows = hypothesis.shape[-1], reference.shape[-1]
     for pair in range(len(hypothesis)):
@@ -188,7 +188,7 @@ def test_ragged_batches(backend, batch, narrow, cut):
         for t, width in zip(tokens, widths, strict=True)
     ]
     taken = [torch.tensor(t, dtype=dtype, device=backend.device) for t in lengths]
-    against_the_cells(*sequences, *(taken if cut else ()))
+    assert_cells(*sequences, *(taken if cut else ()))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_sizes_around_words_of_bits(backend, columns, rows, vocabulary):
         torch.randint(vocabulary, (2, size), generator=generator).to(backend.device)
         for size in (columns, rows)
     ]
-    against_the_cells(*sequences)
+    assert_cells(*sequences)
 
 
 @pytest.mark.parametrize("rows", [1023, 1024, 1025, 1100])
@@ -211,14 +211,14 @@ def test_more_rows_than_a_warp_holds(backend, rows):
     """32 lanes of 32 rows: beyond, the carries of a stripe go through memory to the next."""
     generator = torch.Generator().manual_seed(rows)
     sequences = [torch.randint(3, (1, size), generator=generator) for size in (3, rows)]
-    against_the_cells(*[sequence.to(backend.device) for sequence in sequences])
+    assert_cells(*[sequence.to(backend.device) for sequence in sequences])
 
 
 def test_carries_go_both_ways_between_stripes(backend):
     """A prefix far down in the reference: falling carries across row 1024."""
     reference = torch.arange(1060)
     hypothesis = torch.cat([reference[1000:1040], reference[:2]])
-    against_the_cells(hypothesis[None].to(backend.device), reference[None].to(backend.device))
+    assert_cells(hypothesis[None].to(backend.device), reference[None].to(backend.device))
 
 
 def test_long_sequences(backend):
@@ -226,14 +226,14 @@ def test_long_sequences(backend):
     generator = torch.Generator().manual_seed(0)
     reference = torch.randint(5, (1, 300), generator=generator)
     hypothesis = torch.cat([reference[:, 40:], reference[:, :60]], 1)
-    against_the_cells(hypothesis.to(backend.device), reference.to(backend.device))
+    assert_cells(hypothesis.to(backend.device), reference.to(backend.device))
 
 
 def test_hundreds_of_tokens_that_share_their_upper_bits(backend):
     """What a table of tokens would confuse: multiples of a large power of two."""
     reference = (torch.arange(60) << 56)[None]
     hypothesis = torch.cat([reference[:, 1::2], reference[:, ::3] + 1], 1)
-    against_the_cells(hypothesis.to(backend.device), reference.to(backend.device))
+    assert_cells(hypothesis.to(backend.device), reference.to(backend.device))
 
 
 def test_pairs_do_not_see_each_other(backend):
