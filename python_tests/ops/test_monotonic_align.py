@@ -269,6 +269,34 @@ def test_large(backend, shape, kind):
     assert run([scores], backend) == [by_columns(scores.numpy(), 0.5)]
 
 
+def test_2000_by_2000():
+    """On the CPU. Known groups hold cells of one positive score each, all other cells are negative.
+    A row and a column are in one group only: at most one group has cells of a known one, and is
+    worth no more than it. The penalty is 1 - groups / 4000, for which no group of negative cells
+    is worth it. So the known groups are the best, and alone.
+    """
+    size, generator = 2000, torch.Generator().manual_seed(6)
+    lengths = [*torch.randint(2, 9, (200,), generator=generator).tolist(), 300]
+    shapes = [shape for length in lengths for shape in ((length, 1), (1, length))]
+    shapes += [(1, 1)] * (size - sum(rows for rows, _ in shapes))
+    scores = torch.rand(size, size, generator=generator, dtype=torch.float64) * -0.9 - 0.1
+    groups, row, column = [], 0, 0
+    for index in torch.randperm(len(shapes), generator=generator).tolist():
+        rows, columns = shapes[index]
+        groups.append((row, row + rows, column, column + columns))
+        value = 0.5 + torch.rand((), generator=generator, dtype=torch.float64) / 2
+        scores[row : row + rows, column : column + columns] = value
+        row, column = row + rows, column + columns
+    ((score, found),) = items_of(monotonic_align(scores.unsqueeze(0)), [(size, size)])
+    assert found == groups
+    values = [
+        scores[row:rows_end, column:columns_end].mean().item()
+        - 0.5 * max(rows_end - row, columns_end - column) / size
+        for row, rows_end, column, columns_end in found
+    ]
+    assert score == pytest.approx(math.fsum(values), abs=1e-9)
+
+
 def test_rows_for_columns(backend):
     """Without ties the transposed matrix has the transposed groups."""
     generator = torch.Generator().manual_seed(5)

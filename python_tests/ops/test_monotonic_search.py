@@ -2,6 +2,7 @@
 and the loops of the Cython functions that maximum_path replaces.
 """
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -81,6 +82,22 @@ def loop(scores: list[list[float]]):
     return greatest, assigned[::-1] if greatest > -INF else []
 
 
+def by_columns(scores: np.ndarray):
+    """The same, all rows that a path can visit in a column at once."""
+    rows, columns = scores.shape
+    best, steps = np.full(rows, -INF), np.zeros((columns, rows), bool)
+    best[0] = scores[0, 0]
+    for j in range(1, columns):
+        band = slice(max(0, rows + j - columns), min(rows, j + 1))
+        above = np.concatenate([[-INF], best[:-1]])[band]
+        steps[j, band] = above > best[band]
+        best[band] = scores[band, j] + np.where(steps[j, band], above, best[band])
+    assigned = np.full(columns, rows - 1)
+    for j in range(columns - 1, 0, -1):
+        assigned[j - 1] = assigned[j] - steps[j, assigned[j]]
+    return float(best[-1]), assigned.tolist()
+
+
 # ---- monotonic_search -------------------------------------------------------------------------
 
 
@@ -142,6 +159,54 @@ def test_sizes(backend, kind):
             exponents = torch.randint(-300, 300, matrix.shape, generator=generator)
             matrix.mul_(10.0 ** exponents.double())
     assert run(matrices, backend) == [loop(matrix.tolist()) for matrix in matrices]
+
+
+def test_bands(backend):
+    """Every small size; squares, whose band is the diagonal; one row; more rows than a block has
+    threads. Closed outside of the band, which is nothing to a path.
+    """
+    sizes = [(rows, columns) for columns in range(1, 10) for rows in range(1, columns + 1)]
+    sizes += [(n, n) for n in (31, 32, 33, 65, 257)] + [(1, 300), (255, 257), (257, 300)]
+    generator = torch.Generator().manual_seed(4)
+    matrices = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    for matrix, (rows, columns) in zip(matrices, sizes, strict=True):
+        for row in range(0, rows, 2):
+            matrix[row, :row] = matrix[row, columns - rows + row + 1 :] = -INF
+    assert run(matrices, backend) == [loop(matrix.tolist()) for matrix in matrices]
+    for size in sizes:
+        alone = [matrix for matrix in matrices if matrix.shape == size]
+        assert run(alone, backend) == [loop(matrix.tolist()) for matrix in alone]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -1.7e308], ids=str)
+@pytest.mark.parametrize("cell", [(4, 0), (0, 7), (3, 2), (2, 6)], ids=str)
+def test_a_wrong_value_that_no_path_can_visit(backend, cell, bad):
+    """Is looked at all the same; behind the lengths it is not."""
+    scores = torch.zeros(3, 6, 9, device=backend.device, dtype=torch.float64)
+    scores[(1, *cell)] = bad
+    rows, columns = torch.tensor([[5, 5, 2], [8, 8, 9]], device=backend.device)
+    if backend.checks_values:
+        with pytest.raises(RuntimeError, match=r"^monotonic_search: scores must .* in item 1$"):
+            monotonic_search(scores, rows, columns)
+    else:
+        got = monotonic_search(scores, rows, columns)
+        want = monotonic_search(torch.zeros_like(scores), rows, columns)
+        assert got.score[1].isnan()
+        assert (torch.cat([got.rows[1], got.durations[1]]) == -1).all()
+        assert all(torch.equal(a[::2], b[::2]) for a, b in zip(got, want, strict=True))
+    rows[1] = columns[1] = min(cell)
+    assert not monotonic_search(scores, rows, columns).score.isnan().any()
+
+
+def test_large():
+    """On the CPU, from the diagonal alone to a band as wide as long."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(2000, 2000), (1997, 2000), (1000, 2000), (3, 1999)]
+    scores = torch.randn(len(sizes), 2000, 2000, generator=generator)
+    rows, columns = torch.tensor(sizes).unbind(1)
+    found = items_of(monotonic_search(scores, rows, columns), sizes)
+    for got, matrix, (m, n) in zip(found, scores.double().numpy(), sizes, strict=True):
+        assert got == by_columns(matrix[:m, :n])
 
 
 def test_empty_items(backend):
@@ -223,6 +288,24 @@ def test_the_same_path_as_the_cython_loop(backend, frames_first, ties, dtype):
         assert got.dtype == dtype
         assert torch.equal(got.cpu(), want)
     assert torch.equal(value, before)
+
+
+@pytest.mark.parametrize("frames_first", [False, True])
+def test_masks_of_any_strides(backend, frames_first):
+    generator = torch.Generator().manual_seed(6)
+    value = torch.randn(3, 7, 7, generator=generator).to(backend.device)
+    mask = torch.zeros(3, 7, 7, device=backend.device)
+    mask[:, :5, :5] = -0.5
+    want = maximum_path(value, mask, frames_first=frames_first)
+    assert torch.equal(want[:, :5, :5].diagonal(dim1=1, dim2=2), torch.ones_like(want[:, 0, :5]))
+    assert want.sum() == 15
+    for view in (mask[:1].expand(3, 7, 7), mask.transpose(1, 2), mask.repeat(1, 1, 2)[:, :, :7]):
+        assert torch.equal(maximum_path(value, view, frames_first=frames_first), want)
+    turned = value.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(maximum_path(turned, mask, frames_first=frames_first), want)
+    for shape in ((0, 2, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0)):
+        empty = torch.zeros(shape, device=backend.device)
+        assert maximum_path(empty, empty, frames_first=frames_first).shape == shape
 
 
 def test_a_path_of_something_that_requires_grad(backend):
