@@ -240,32 +240,42 @@ class Build:
         (self.folder / "lib").mkdir()
         (self.folder / "lib" / built.name).symlink_to(built.absolute())
         (self.folder / "lib" / LIBRARY).symlink_to(self.folder / LIBRARY)
-        self.limit: float | None = None
-        start = time.monotonic()
-        if failure := self.failure(seed=1):
-            sys.exit(f"mutate: the tests fail on the unchanged kernels\n{failure}")
-        self.limit = 5 * (time.monotonic() - start) + 60  # a mutated loop may never end
+        self.limits: dict[str, float] = {}
 
     def compiles(self) -> bool:
         command = ["cmake", "--build", str(self.folder), "--target", "tokcore_emulated"]
         return subprocess.run(command, **QUIET).returncode == 0
 
-    def failure(self, seed: int, path: str = "") -> str | None:
+    def prepare(self, path: str) -> None:
+        """Times the tests of `path` on unchanged kernels: they must pass, and a mutated loop may
+        never end.
+        """
+        if path not in self.limits:
+            self.compiles()
+            start = time.monotonic()
+            if failure := self.failure(1, path):
+                sys.exit(f"mutate: the tests fail on the unchanged kernels\n{failure}")
+            self.limits[path] = 5 * (time.monotonic() - start) + 60
+
+    def failure(self, seed: int, path: str) -> str | None:
         """None when every test passes, else the end of what pytest said. A change in one operator's
-        file is no matter of the tests that name another.
+        file is no matter of the tests that name another, and its own are the likeliest to notice.
         """
         stems = {file.stem for file in KERNELS.glob("*.cu")}
-        others = stems - {Path(path).stem} if Path(path).suffix == ".cu" else []
+        own = Path(path).stem if path.endswith(".cu") else ""
+        others = stems - {own} if own else set()
+        first = sorted((ROOT / "python_tests/ops").glob(f"test_{own}*.py")) if own else []
+        tests = [str(file) for file in first if not file.stem.endswith("contracts")] + TESTS
         chosen = " and not ".join(["emulated", *sorted(others)])
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", chosen]
         try:
             result = subprocess.run(
-                [PYTHON, "-m", "pytest", *options, *TESTS, *self.arguments],
+                [PYTHON, "-m", "pytest", *options, *tests, *self.arguments],
                 cwd=ROOT,
                 env={**self.environment, "TOKCORE_TEST_SEED": str(seed)},
                 capture_output=True,
                 text=True,
-                timeout=self.limit,
+                timeout=self.limits.get(path),
             )
         except subprocess.TimeoutExpired:
             return "timed out"
@@ -295,6 +305,7 @@ class Worker:
         original = path.read_text()
         lines = original.split("\n")
         assert lines[mutation.line].split("//")[0].rstrip() == mutation.before
+        self.plain.prepare(mutation.path)
         lines[mutation.line] = mutation.after
         path.write_text("\n".join(lines))
         try:
@@ -308,6 +319,7 @@ class Worker:
             # under the sanitizers.
             path.write_text(original)
             sanitized = self.sanitized
+            sanitized.prepare(mutation.path)
             path.write_text("\n".join(lines))
             sanitized.compiles()
             found = sanitized.failure(1, mutation.path)
