@@ -43,24 +43,26 @@ struct Lattices {
 };
 
 // Of values whose sums along any path, and between any two such sums, stay finite in T.
-template <typename T>
-TOKCORE_LATTICE_HD double largest_value(int64_t rows, int64_t columns) {
-  return kLargest<T> / (4.0 * double(rows + columns + 1));
+template <typename T, typename In>
+TOKCORE_LATTICE_HD In largest_value(int64_t rows, int64_t columns) {
+  const double largest = kLargest<T> / (4.0 * double(rows + columns + 1));
+  return In(largest < kLargest<In> ? largest : kLargest<In>);
 }
 
-// `forbidden`, an infinity, closes a cell to every path.
-TOKCORE_LATTICE_HD bool is_usable(double value, double forbidden, double largest) {
-  return value == forbidden || std::fabs(value) <= largest;
+// `forbidden`, an infinity, closes a cell to every path. No branch: the CPU looks at vectors.
+template <typename In>
+TOKCORE_LATTICE_HD bool is_usable(In value, In forbidden, In largest) {
+  return (int(value == forbidden) | int(std::fabs(value) <= largest)) != 0;
 }
 
 // ---- paths of steps (1, 1), (1, 0), (0, 1) ----------------------------------------------------
 
-// Where the best path to a cell comes from.
+// Where the best path to a cell comes from. It begins from the left of the first one.
 enum Move : uint8_t { kDiagonal, kFromAbove, kFromLeft };
 
 // Dynamic time warping: the least sum. Ties: diagonal, from above, from the left.
 struct Warping {
-  static constexpr bool kBanded = false;
+  static constexpr int64_t kShift = 0;
   template <typename T>
   static constexpr T kWorst = kInfinity<T>;
 
@@ -79,20 +81,7 @@ struct Warping {
 // Monotonic search: the greatest sum with one cell a column, the row the same as in the column
 // before or the next one. Ties: the same row.
 struct Search {
-  template <typename T>
-  static constexpr T kWorst = -kInfinity<T>;
-
-  template <typename T>
-  TOKCORE_LATTICE_HD static T cell(T value, T diagonal, T /* above */, T left, uint8_t& move) {
-    move = diagonal > left ? uint8_t(kDiagonal) : uint8_t(kFromLeft);
-    return value + (diagonal > left ? diagonal : left);
-  }
-};
-
-// The same over the cells that a path can visit, in columns counted from the diagonal of the row:
-// the row before is then above, and a path begins there.
-struct BandedSearch {
-  static constexpr bool kBanded = true;
+  static constexpr int64_t kShift = 1;
   template <typename T>
   static constexpr T kWorst = -kInfinity<T>;
 
@@ -102,6 +91,14 @@ struct BandedSearch {
     return value + (above > left ? above : left);
   }
 };
+
+// Cells of a row that a path can visit. They begin kShift columns behind those of the row before,
+// and columns are counted from there: to the search the row before is above. An item of fewer
+// than kShift columns for each row has no path.
+template <typename Rule>
+TOKCORE_LATTICE_HD int64_t band_width(int64_t rows, int64_t columns) {
+  return columns - Rule::kShift * (rows - 1);
+}
 
 // Moves are kept as they are found: by strips of `strip` rows, in which row r is r % strip columns
 // late, so that what is found at one time lies side by side.

@@ -14,8 +14,6 @@ struct SearchTensors {
   int32_t* durations;  // (batch, in.rows): the columns of each row, -1 behind the end
 
   // Without a path of finite score, all of them -1.
-  // kBanded: the moves are of BandedSearch.
-  template <bool kBanded = false>
   TOKCORE_LATTICE_HD void put(int64_t item, T greatest, const uint8_t* moves, int64_t strip) const {
     const int64_t m = in.rows_of(item), n = in.columns_of(item);
     const bool found = m > 0 && n > 0 && greatest > -kInfinity<T>;
@@ -24,8 +22,8 @@ struct SearchTensors {
     int32_t* row_of = rows + item * in.columns;
     int32_t* duration = durations + item * in.rows;
     for (int64_t i = 0; i < m; ++i) duration[i] = 0;
-    trace_back(moves, m, kBanded ? n - m + 1 : n, strip, [&](int64_t row, int64_t column) {
-      row_of[kBanded ? row + column : column] = int32_t(row);
+    trace_back(moves, m, band_width<Search>(m, n), strip, [&](int64_t row, int64_t column) {
+      row_of[row * Search::kShift + column] = int32_t(row);
       ++duration[row];
     });
   }

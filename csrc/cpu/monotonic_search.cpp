@@ -16,7 +16,7 @@ TOKCORE_DECLARE_LEVELS(LatticeRows, monotonic_search_rows)
 namespace tokcore {
 namespace TOKCORE_ISA {
 
-extern const LatticeRows monotonic_search_rows = rows_of_rule<BandedSearch>();
+extern const LatticeRows monotonic_search_rows = rows_of_rule<Search>();
 
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
@@ -57,10 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> monotonic_search_cpu(const Tensor& scores,
                                               data_of<int32_t>(row_of),
                                               data_of<int32_t>(durations)};
     const LatticeRows& rows = TOKCORE_CHOSEN(monotonic_search_rows);
-    sweep_items<BandedSearch, T>(call, p.in, rows,
-                                 [&](int64_t item, T found, const uint8_t* moves) {
-                                   p.template put<true>(item, found, moves, rows.strip);
-                                 });
+    sweep_items<Search, T>(call, p.in, rows, [&](int64_t item, T found, const uint8_t* moves) {
+      p.put(item, found, moves, rows.strip);
+    });
   });
   return {greatest, row_of, durations};
 }

@@ -12,7 +12,7 @@ namespace {
 
 template <typename In, typename T>
 __global__ void __launch_bounds__(kMaxThreads) dtw_kernel(LatticeParams<DtwTensors<In, T>, T> p) {
-  run_lattices<Warping>(p, [](int64_t, int64_t) { return true; });
+  run_lattices<Warping>(p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dtw_cuda(const Tensor& cost,
@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor, Tensor> dtw_cuda(const Tensor& cost,
   call.dispatch([&](auto in, auto sum) {
     using In = decltype(in);
     using T = decltype(sum);
-    launch_lattices<DtwTensors<In, T>, T>(call,
-                                          {call.lattices<In>(), data_of<T>(least),
-                                           data_of<int32_t>(path), data_of<int32_t>(path_length)},
-                                          dtw_kernel<In, T>);
+    launch_lattices<Warping>(call,
+                             {call.lattices<In>(), data_of<T>(least), data_of<int32_t>(path),
+                              data_of<int32_t>(path_length)},
+                             dtw_kernel<In, T>);
   });
   return {least, path, path_length};
 }

@@ -82,13 +82,11 @@ struct Candidate {
   }
 };
 
-// Sums along both dimensions; returns whether every score that this thread met is usable.
+// Sums along both dimensions.
 template <typename In, typename T>
-__device__ __forceinline__ bool sum_scores(const AlignItem<In>& item, const AlignScratch<T>& s,
+__device__ __forceinline__ void sum_scores(const AlignItem<In>& item, const AlignScratch<T>& s,
                                            T penalty) {
-  const double largest = largest_value<T>(item.lanes, item.steps);
   const int64_t width = item.lanes + 1;
-  bool usable = true;
   for (int64_t q = threadIdx.x; q < item.steps; q += blockDim.x) {
     T sum = 0;
     int16_t least = 0;
@@ -96,7 +94,6 @@ __device__ __forceinline__ bool sum_scores(const AlignItem<In>& item, const Alig
     s.lane_least[(q + 1) * width] = 0;
     for (int64_t l = 0; l < item.lanes; ++l) {
       const T score = T(item.score(l, q));
-      usable = usable && is_usable(score, -kInfinity<T>, largest);
       if (score == -kInfinity<T>) {
         least = int16_t(l + 1);
       } else {
@@ -127,7 +124,6 @@ __device__ __forceinline__ bool sum_scores(const AlignItem<In>& item, const Alig
   }
   for (int64_t x = threadIdx.x; x <= item.steps; x += blockDim.x)
     s.step_costs[x] = length_cost(penalty, x, item.steps);
-  return usable;
 }
 
 // Cell (i, q), by `threads` neighbours of which this is number `rank`; written by the first.
@@ -173,12 +169,11 @@ __global__ void __launch_bounds__(kMaxThreads) monotonic_align_kernel(AlignParam
     const AlignItem<In> item = {in.of(number),         flat ? in.columns : 1, flat ? 1 : in.columns,
                                 flat ? rows : columns, flat ? columns : rows, flat};
     const AlignScratch<T> s(reals, shorts, item.lanes, item.steps);
-    // The item before is written.
-    __syncthreads();
     if (threadIdx.x == 0) wrong[0] = 0;
-    // The mark is set.
+    // The mark is set, and the item before is written.
     __syncthreads();
-    if (!sum_scores(item, s, p.out.penalty)) atomicOr(&wrong[0], 1);
+    mark_unusable<T>(item.scores, in.columns, rows, columns, -kInfinity<In>, wrong);
+    sum_scores(item, s, p.out.penalty);
     int threads = 1;
     while (threads < kWarpThreads && 2 * threads * item.lanes <= blockDim.x) threads *= 2;
     const int rank = int(threadIdx.x) % threads, cells = int(blockDim.x) / threads;

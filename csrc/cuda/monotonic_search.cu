@@ -13,7 +13,7 @@ namespace {
 template <typename In, typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     monotonic_search_kernel(LatticeParams<SearchTensors<In, T>, T> p) {
-  run_lattices<Search>(p, [](int64_t rows, int64_t columns) { return rows <= columns; });
+  run_lattices<Search>(p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> monotonic_search_cuda(
@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor, Tensor> monotonic_search_cuda(
   call.dispatch([&](auto in, auto sum) {
     using In = decltype(in);
     using T = decltype(sum);
-    launch_lattices<SearchTensors<In, T>, T>(call,
-                                             {call.lattices<In>(), data_of<T>(greatest),
-                                              data_of<int32_t>(rows), data_of<int32_t>(durations)},
-                                             monotonic_search_kernel<In, T>);
+    launch_lattices<Search>(call,
+                            {call.lattices<In>(), data_of<T>(greatest), data_of<int32_t>(rows),
+                             data_of<int32_t>(durations)},
+                            monotonic_search_kernel<In, T>);
   });
   return {greatest, rows, durations};
 }

@@ -53,7 +53,7 @@ T sweep_lattice(const LatticeSweep<In, T>& p) {
       strip.row[l] = p.values + (first + l < rows ? first + l : rows - 1) * p.stride;
       strip.left[l] = strip.diagonal[l] = kWorst;
     }
-    if (first == 0) (Rule::kBanded ? above[0] : strip.diagonal[0]) = 0;
+    if (first == 0) strip.left[0] = 0;
     int64_t s = 0;
     for (; s < kStrip - 1; ++s)
       step_strip<Rule>(strip, s, s < columns ? 0 : s - columns + 1, s + 1, above, moves);

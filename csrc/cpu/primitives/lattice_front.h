@@ -23,14 +23,10 @@ void for_each_item(const LatticeCall& call, int64_t cells, const Body& body) {
   if (call.batch > 0) torch::stable::parallel_for(0, call.batch, grain, body);
 }
 
-// is_usable of all of them, without a branch.
 template <typename In>
-bool all_usable(const In* values, int64_t count, In forbidden, double largest) {
-  In limit = In(std::min(largest, double(std::numeric_limits<In>::max())));
-  if (double(limit) > largest) limit = std::nextafter(limit, In(0));
+bool all_usable(const In* values, int64_t count, In forbidden, In largest) {
   int unusable = 0;
-  for (int64_t i = 0; i < count; ++i)
-    unusable |= int(!(std::fabs(values[i]) <= limit)) & int(values[i] != forbidden);
+  for (int64_t i = 0; i < count; ++i) unusable |= int(!is_usable(values[i], forbidden, largest));
   return unusable == 0;
 }
 
@@ -42,7 +38,7 @@ int64_t first_unusable(const LatticeCall& call, double forbidden) {
   for_each_item(call, p.rows * p.columns, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end && item < first; ++item) {
       const int64_t rows = p.rows_of(item), columns = p.columns_of(item);
-      const double largest = largest_value<T>(rows, columns);
+      const In largest = largest_value<T, In>(rows, columns);
       bool usable = true;
       for (int64_t row = 0; row < rows; ++row)
         usable &= all_usable(p.of(item) + row * p.columns, columns, In(forbidden), largest);
@@ -56,12 +52,13 @@ int64_t first_unusable(const LatticeCall& call, double forbidden) {
 }
 
 template <typename T, typename In>
-double unusable_value(const Lattices<In>& p, int64_t item, double forbidden) {
+In unusable_value(const Lattices<In>& p, int64_t item, double forbidden) {
   const int64_t rows = p.rows_of(item), columns = p.columns_of(item);
+  const In largest = largest_value<T, In>(rows, columns);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < columns; ++column) {
-      const double value = p.of(item)[row * p.columns + column];
-      if (!is_usable(value, forbidden, largest_value<T>(rows, columns))) return value;
+      const In value = p.of(item)[row * p.columns + column];
+      if (!is_usable(value, In(forbidden), largest)) return value;
     }
   return 0;
 }
@@ -85,7 +82,7 @@ inline void check_values(const char* op, const char* name, const LatticeCall& ca
     if (item < 0) return;
     const Lattices<In> p = call.lattices<In>();
     check(false, op, name, " must be finite or ", forbidden, " and at most ",
-          largest_value<T>(p.rows_of(item), p.columns_of(item)), " in size, got ",
+          largest_value<T, In>(p.rows_of(item), p.columns_of(item)), " in size, got ",
           unusable_value<T>(p, item, forbidden), " in item ", item);
   });
 }
@@ -100,8 +97,7 @@ inline double run_sweep(const LatticeRows& rows, const LatticeSweep<double, doub
   return rows.of_double(p);
 }
 
-// put(item, sum, moves) for every item; one without a cell has the worst sum. Where the rule is
-// banded, no path leaves the columns - rows + 1 cells from the diagonal on.
+// put(item, sum, moves) for every item; one without a cell has the worst sum.
 template <typename Rule, typename T, typename In, typename Put>
 void sweep_items(const LatticeCall& call, const Lattices<In>& p, const LatticeRows& rows,
                  const Put& put) {
@@ -112,8 +108,7 @@ void sweep_items(const LatticeCall& call, const Lattices<In>& p, const LatticeRo
       const int64_t m = p.rows_of(item), n = p.columns_of(item);
       T sum = m + n == 0 ? T(0) : Rule::template kWorst<T>;
       if (m > 0 && n > 0) {
-        const int64_t width = Rule::kBanded ? n - m + 1 : n;
-        const int64_t stride = p.columns + (Rule::kBanded ? 1 : 0);
+        const int64_t width = band_width<Rule>(m, n), stride = p.columns + Rule::kShift;
         const int64_t needed = move_count(m, width, rows.strip);
         if (int64_t(moves.size()) < needed) moves.resize(needed);
         sum = run_sweep(
