@@ -9,6 +9,7 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 # (rows, columns) around what is done at one time: 4 rows, 8 to 64 lanes, 32 and more threads.
 SIZES = [(1, 1), (2, 1), (1, 2), (31, 2), (2, 33), (1, 129), (129, 1), (33, 31), (31, 33), (9, 129)]
+SMALL = [(2, 3), (1, 1), (2, 2), (1, 3), (3, 4)]
 
 
 def ragged(matrices: list[Tensor], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +28,21 @@ def whole_numbers(sizes: list[tuple[int, int]], step: float, closed: float) -> l
     generator = torch.Generator().manual_seed(len(sizes))
     drawn = [torch.randint(0, 24, size, generator=generator) for size in sizes]
     return [torch.where(x == 23, closed, (x % 4).double() * step) for x in drawn]
+
+
+def assert_items_do_not_mix(backend, operator, closed: float) -> None:
+    """More items than a grid has blocks (4096): some do a second one. The same bits as in batches
+    where none does, and of wrong items (errors on the CPU) none before or after is the worse.
+    """
+    sizes = [SMALL[item % len(SMALL)] for item in range(4200)]
+    batch, rows, columns = ragged(whole_numbers(sizes, 0.25, closed), backend.device)
+    wrong = [] if backend.checks_values else [3, 4100]
+    batch[wrong, 0, 0] = NAN
+    whole = operator(batch, rows, columns)
+    assert whole[0].isnan().nonzero().flatten().tolist() == wrong
+    for half in (slice(0, 2100), slice(2100, 4200)):
+        for got, want in zip(whole, operator(batch[half], rows[half], columns[half]), strict=True):
+            torch.testing.assert_close(got[half], want, rtol=0, atol=0, equal_nan=True)
 
 
 @st.composite

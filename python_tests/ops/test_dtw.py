@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattices import INF, SIZES, batches, ragged, whole_numbers
+from lattices import INF, SIZES, assert_items_do_not_mix, batches, ragged, whole_numbers
 
 from tokcore.ops import dtw
 from tokcore.ops.dtw import _reference
@@ -154,6 +154,10 @@ def test_golden(backend, case):
     assert path == list(zip(*case["path"], strict=True))
 
 
+def test_more_items_than_blocks(backend):
+    assert_items_do_not_mix(backend, dtw, INF)
+
+
 def test_empty_items(backend):
     """A row without a column costs inf; neither costs nothing. Between items that are neither."""
     one = torch.ones(3, 2, 4, device=backend.device)
@@ -167,7 +171,7 @@ def test_empty_items(backend):
         (0.0, []),
         (2.0, diagonal),
     ]
-    for shape, cost in (((2, 0, 0), 0.0), ((2, 0, 3), INF), ((2, 3, 0), INF)):
+    for shape, cost in (((2, 0, 0), 0.0), ((2, 0, 3), INF), ((2, 3, 0), INF), ((2, 1, 0), INF)):
         result = dtw(torch.zeros(shape, device=backend.device))
         assert list(items_of(result)) == [(cost, [])] * 2
         assert result.path.shape == (2, max(sum(shape) - 3, 0), 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattices import INF, NAN, SIZES, batches, ragged, whole_numbers
+from lattices import INF, NAN, SIZES, assert_items_do_not_mix, batches, ragged, whole_numbers
 
 from tokcore.ops import monotonic_align
 from tokcore.ops.monotonic_align import _reference
@@ -322,6 +322,10 @@ def test_golden(backend, index, name):
     assert found == pytest.approx(score, abs=1e-4)
     if GOLDEN[f"margin_{index}"] > 1e-4 or name.startswith(DYADIC):
         assert groups == want
+
+
+def test_more_items_than_blocks(backend):
+    assert_items_do_not_mix(backend, monotonic_align, -INF)
 
 
 def test_empty_items(backend):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattices import INF, NAN, SIZES, batches, ragged, whole_numbers
+from lattices import INF, NAN, SIZES, assert_items_do_not_mix, batches, ragged, whole_numbers
 
 from tokcore.ops import monotonic_search
 from tokcore.ops.monotonic_search import _reference, maximum_path
@@ -198,6 +198,20 @@ def test_a_wrong_value_that_no_path_can_visit(backend, cell, bad):
     assert not monotonic_search(scores, rows, columns).score.isnan().any()
 
 
+def test_a_wrong_value_anywhere(backend):
+    """One an item, around what 4 warps of 32 threads look at together."""
+    cells = [(row, column) for row in (0, 1, 3, 4, 69) for column in (0, 1, 31, 32, 63, 64, 96)]
+    scores = torch.zeros(len(cells) + 1, 70, 97, device=backend.device)
+    for item, cell in enumerate(cells):
+        scores[(item, *cell)] = NAN
+    if backend.checks_values:
+        for item in range(len(cells)):
+            with pytest.raises(RuntimeError, match=r"got nan in item 0$"):
+                monotonic_search(scores[item:])
+    else:
+        assert monotonic_search(scores).score.isnan().tolist() == [True] * len(cells) + [False]
+
+
 def test_large():
     """On the CPU, from the diagonal alone to a band as wide as long."""
     generator = torch.Generator().manual_seed(5)
@@ -207,6 +221,10 @@ def test_large():
     found = items_of(monotonic_search(scores, rows, columns), sizes)
     for got, matrix, (m, n) in zip(found, scores.double().numpy(), sizes, strict=True):
         assert got == by_columns(matrix[:m, :n])
+
+
+def test_more_items_than_blocks(backend):
+    assert_items_do_not_mix(backend, monotonic_search, -INF)
 
 
 def test_empty_items(backend):
