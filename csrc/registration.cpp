@@ -124,4 +124,29 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "edit_align(Tensor hypothesis, Tensor reference, Tensor? hypothesis_lengths, "
       "Tensor? reference_lengths) -> (Tensor distance, Tensor operations, Tensor count, "
       "Tensor hypothesis_tags, Tensor gap_counts)");
+  // The sparse key-value cache of a layer (common/kv_state.h): B rows, Hkv heads, Hs = 1 or Hkv
+  // lists of slots, C slots of which count (B, Hs) are in use, a ring of R rows of weights.
+  // window_scores_update: rows (B, Hs, Q, M) of the weights of Q steps, up to step (B,), enter the
+  // sums; those before the last `window` (B,) steps leave them.
+  m.def(
+      "window_scores_update(Tensor(a!) score, Tensor(b!) ring, Tensor(c!) last_selected, "
+      "Tensor(d!) oldest, Tensor rows, Tensor? index, Tensor count, Tensor step, Tensor window) "
+      "-> ()");
+  // window_select: index (B, Hs, size) int32 of the last `local` (B,), the first `sinks` and
+  // between them the `top` (B,) slots of the greatest score, ascending; selected (B, Hs).
+  m.def(
+      "window_select(Tensor score, Tensor count, Tensor local, Tensor top, SymInt size, "
+      "SymInt sinks) -> (Tensor index, Tensor selected)");
+  // kv_append: the last `valid` (B,) of Q tokens (B, Hkv, Q, D) go behind the slots in use, at
+  // positions from `length` (B,) on, quantised where the keys are uint8.
+  m.def(
+      "kv_append(Tensor(a!) key, Tensor(b!) value, Tensor(c!) position, Tensor(d!) last_selected, "
+      "Tensor(e!) count, Tensor new_key, Tensor new_value, Tensor length, Tensor valid, "
+      "Tensor(f!)? key_quantization, Tensor(g!)? value_quantization) -> ()");
+  // kv_compact: keeps what was selected at step `since` (B,) or later, the last `local` (B,) and
+  // the first `sinks` slots in use, moved together.
+  m.def(
+      "kv_compact(Tensor(a!) key, Tensor(b!) value, Tensor(c!) position, Tensor(d!) score, "
+      "Tensor(e!) ring, Tensor(f!) last_selected, Tensor(g!) count, Tensor since, Tensor local, "
+      "SymInt sinks, Tensor(h!)? key_quantization, Tensor(i!)? value_quantization) -> ()");
 }

@@ -19,11 +19,15 @@ from tokcore.ops import (
     dtw,
     edit_align,
     group_advantage,
+    kv_append,
+    kv_compact,
     monotonic_align,
     monotonic_search,
     policy_loss,
     sequential_kl,
     token_logprob,
+    window_scores_update,
+    window_select,
 )
 
 STATM = Path("/proc/self/statm")
@@ -123,6 +127,48 @@ def step_segment_attention(x, y, target, column, inplace):
     return output.sum() + constraint.sum()
 
 
+def cache_of(x, y):
+    """Of one list with 7 slots: keys and values, three integers of each, a ring, and no rows."""
+    key, value = y.view(2, 1, 1, 7, 1).clone()
+    position, last, score = torch.arange(21, device=y.device).view(3, 1, 1, 7)
+    return key, value, position.int(), last.int(), score.clone(), y.view(1, 1, 2, 7).clone()
+
+
+def step_window_select(x, y, target, column, inplace):
+    """A target of 7 does not fit."""
+    *_, score, _ = cache_of(x, y)
+    count, top = target[:1].int(), target[1:].clamp(min=0).int()
+    result = window_select(score, count.unsqueeze(1), count, top, size=3)
+    return sum(value.sum() for value in result)
+
+
+def step_window_scores_update(x, y, target, column, inplace):
+    """A window of 7 is more than the ring has rows."""
+    *_, last, score, ring = cache_of(x, y)
+    one, window = target[:1].int(), target[1:].clamp(min=0).int()
+    rows, index = ring[:, :, :1].contiguous(), last.clone()
+    window_scores_update(score, ring, last, one * 1, rows, index, one.unsqueeze(1), one, window)
+    return score.sum()
+
+
+def step_kv_append(x, y, target, column, inplace):
+    """Seven tokens are more than there are."""
+    key, value, position, last, _, _ = cache_of(x, y)
+    one, valid = target[:1].int(), target[1:].clamp(min=0).int()
+    new = y[:, :2].view(2, 1, 1, 2, 1)
+    kv_append(key, value, position, last, one.view(1, 1).clone(), *new, one * 100, valid)
+    return key.sum()
+
+
+def step_kv_compact(x, y, target, column, inplace):
+    """Less than no local slots."""
+    key, value, position, last, score, ring = cache_of(x, y)
+    count, since = 7 * target[:1].int().view(1, 1), target[:1].int()
+    local = torch.where(target[1:] == 7, -1, 2).int()
+    kv_compact(key, value, position, score, ring, last, count, since * 10, local)
+    return key.sum()
+
+
 STEPS = {
     "token_logprob": step_token_logprob,
     "sequential_kl": step_sequential_kl,
@@ -133,15 +179,24 @@ STEPS = {
     "monotonic_search": align(monotonic_search),
     "segment_attention": step_segment_attention,
     "edit_align": step_edit_align,
+    "window_select": step_window_select,
+    "window_scores_update": step_window_scores_update,
+    "kv_append": step_kv_append,
+    "kv_compact": step_kv_compact,
 }
 INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
-# ids than queries, a length beyond the sequence, more rows than there are.
+# ids than queries, a length beyond the sequence, more rows than there are, and of the cache what
+# its steps say.
 REFUSED = {
     "policy_loss": "cu_seqlens must rise",
     "group_advantage": "rewards must be finite",
     "segment_attention": "query_segments must have shape",
     "edit_align": r"reference_lengths must lie in \[0, 6\]",
+    "window_select": "size must hold local",
+    "window_scores_update": r"window must lie in \[0, R = 2\], got 7",
+    "kv_append": r"valid must lie in \[0, Q = 2\], got 7",
+    "kv_compact": "local must be at least 0, got -1",
 }
 REFUSED |= dict.fromkeys(("dtw", "monotonic_align", "monotonic_search"), "row_lengths and column")
 

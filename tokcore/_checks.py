@@ -87,6 +87,106 @@ def integers(operator: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{operator}: {name} must be int64 or int32, got {value.dtype}")
 
 
+def typed(
+    operator: str,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> None:
+    """Of this very dtype and shape, where ``like`` is."""
+    tensor(operator, name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{operator}: {name} must be {dtype}, got {value.dtype}")
+    if value.shape != shape or value.device != like.device:
+        raise ValueError(
+            f"{operator}: {name} must have shape {tuple(shape)} on {like.device} (nothing is "
+            f"broadcast), got {_shape(value)} on {value.device}"
+        )
+
+
+def state(
+    operator: str,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> None:
+    """The same, written where it lies: a copy would be of no use."""
+    typed(operator, name, value, dtype, shape, like)
+    if not value.is_contiguous():
+        raise ValueError(
+            f"{operator}: {name} is written in place and must be contiguous, got strides "
+            f"{value.stride()} for shape {_shape(value)}"
+        )
+
+
+def kv_store(
+    operator: str,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    last_selected: Tensor,
+    count: Tensor,
+    key_quantization: Tensor | None,
+    value_quantization: Tensor | None,
+) -> None:
+    """Keys and values of a sparse key-value cache with the slots of its lists, all written."""
+    tensor(operator, "key", key)
+    if key.dtype not in (*_FLOATS, torch.uint8):
+        raise TypeError(
+            f"{operator}: key must be float32, float64, float16, bfloat16 or uint8, got {key.dtype}"
+        )
+    if key.dim() != 4 or key.shape[1] < 1 or key.shape[3] < 1:
+        raise ValueError(f"{operator}: key must have shape (B, Hkv, C, D), got {tuple(key.shape)}")
+    batch, heads, slots, dim = key.shape
+    state(operator, "key", key, key.dtype, key.shape, key)
+    state(operator, "value", value, key.dtype, key.shape, key)
+    tensor(operator, "position", position)
+    lists = position.shape[1] if position.dim() == 3 else 0
+    if lists not in (1, heads):
+        raise ValueError(
+            f"{operator}: position must have shape (B, Hs, C) with Hs = 1 or Hkv = {heads}, got "
+            f"{tuple(position.shape)}"
+        )
+    state(operator, "position", position, torch.int32, (batch, lists, slots), key)
+    state(operator, "last_selected", last_selected, torch.int32, (batch, lists, slots), key)
+    state(operator, "count", count, torch.int32, (batch, lists), key)
+    for name, quantization in (
+        ("key_quantization", key_quantization),
+        ("value_quantization", value_quantization),
+    ):
+        if (quantization is not None) != (key.dtype == torch.uint8):
+            raise ValueError(
+                f"{operator}: {name} goes with uint8 keys and values, got "
+                f"{'none' if quantization is None else 'one'} with {key.dtype}"
+            )
+        if quantization is not None:
+            tensor(operator, name, quantization)
+            groups = quantization.shape[3] if quantization.dim() == 5 else 0
+            if groups < 1 or dim % groups != 0:
+                raise ValueError(
+                    f"{operator}: {name} must have shape (B, Hkv, C, Z, 2) with Z dividing "
+                    f"D = {dim}, got {tuple(quantization.shape)}"
+                )
+            shape = (batch, heads, slots, groups, 2)
+            state(operator, name, quantization, torch.float32, shape, key)
+
+
+def debugged(value: Tensor) -> bool:
+    """Whether facts about values are to be looked at in Python."""
+    return _debug() and readable(value)
+
+
+def holds(operator: str, name: str, value: Tensor, right: Tensor, rule: str) -> None:
+    """Raises for the first element that is not ``right``: a fact about values, in a debug run."""
+    if not bool(right.all()):
+        at = tuple((~right).nonzero()[0].tolist())
+        raise ValueError(f"{operator}: {name} must {rule}, got {value[at].tolist()} at {at}")
+
+
 def lengths(
     operator: str, name: str, value: Tensor, like: Tensor, *, batch: int, most: int
 ) -> None:

@@ -114,7 +114,25 @@ def register_operator(
         vmap(namespace, f"{name}_backward")
         if written is not None:
             torch.library.register_fake(f"{forward}_backward_", lambda *arguments: None)
-            _register_mutation(namespace, f"{name}_backward_", written)
+            _register_mutation(namespace, f"{name}_backward_", [written], _no_double_backward)
+
+    _registrations.append(register)
+    for namespace in NAMESPACES:
+        register(namespace)
+
+
+def register_state_operator(name: str) -> None:
+    """Registers all that is not native of ``name``, which writes the arguments that its schema
+    marks and returns nothing: no derivative, no vmap. Runs for each namespace, as above.
+    """
+
+    def register(namespace: str) -> None:
+        torch.library.register_fake(f"{namespace}::{name}", lambda *arguments: None)
+        arguments = getattr(getattr(torch.ops, namespace), name).default._schema.arguments
+        written = [
+            i for i, argument in enumerate(arguments) if getattr(argument.alias_info, "is_write", 0)
+        ]
+        _register_mutation(namespace, name, written, _no_derivative)
 
     _registrations.append(register)
     for namespace in NAMESPACES:
@@ -161,8 +179,11 @@ def _refuse_double_backward(namespace: str, name: str) -> None:
     torch.library.register_autograd(f"{namespace}::{name}", raise_error)
 
 
-def _register_mutation(namespace: str, name: str, argument: int) -> None:
-    """Autograd kernel of an in-place backward: no derivative, and its argument's version goes up.
+def _register_mutation(
+    namespace: str, name: str, written: list[int], refusal: Callable[[str], NotImplementedError]
+) -> None:
+    """Autograd kernel of an operator that writes over arguments: no derivative, and the versions of
+    those at the positions ``written`` go up.
 
     torch.library.register_autograd takes functional operators only.
     """
@@ -171,8 +192,10 @@ def _register_mutation(namespace: str, name: str, argument: int) -> None:
     def mutate(keyset, *args):
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-            raise _no_double_backward(name)
-        torch.autograd.graph.increment_version(args[argument])
+            raise refusal(name)
+        for position in written:
+            if args[position] is not None:
+                torch.autograd.graph.increment_version(args[position])
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -218,6 +241,13 @@ def _no_double_backward(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"{name}: has no derivative of its own (double backward); compute second derivatives from "
         "plain torch"
+    )
+
+
+def _no_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name}: writes its state in place and has no derivative; call it under torch.no_grad(), "
+        "or detach what it is given"
     )
 
 
