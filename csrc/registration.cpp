@@ -116,6 +116,16 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "Tensor key, Tensor value, Tensor query_segments, Tensor key_segments, Tensor? query_words, "
       "Tensor? key_words, Tensor stats, float scale) -> (Tensor grad_query, Tensor grad_key, "
       "Tensor grad_value)");
+  // sparse_window_attention: causal attention of queries (B, Hq, T, D), the last T of S positions,
+  // to keys (B, Hkv, S, D) of the last `window` positions and, before those, to the positions
+  // listed in global_index (B, Hg, M) int32. lse (B, Hq, T) = log of the sum of exponentials.
+  m.def(
+      "sparse_window_attention(Tensor query, Tensor key, Tensor value, Tensor? global_index, "
+      "SymInt window, float scale) -> (Tensor output, Tensor lse)");
+  m.def(
+      "sparse_window_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor "
+      "value, Tensor? global_index, Tensor lse, SymInt window, float scale) -> (Tensor grad_query, "
+      "Tensor grad_key, Tensor grad_value)");
   // edit_align: the fewest edits that turn hypothesis (..., H) into reference (..., R), integers of
   // which lengths (...) count, ties as in tercom. distance, count (...) int32; operations
   // (..., H + R) and tags (..., H) int8: 0 match, 1 substitution, 2 insertion, 3 deletion;

@@ -25,6 +25,7 @@ from tokcore.ops import (
     monotonic_search,
     policy_loss,
     sequential_kl,
+    sparse_window_attention,
     token_logprob,
     window_scores_update,
     window_select,
@@ -169,6 +170,13 @@ def step_kv_compact(x, y, target, column, inplace):
     return key.sum()
 
 
+def step_sparse_window_attention(x, y, target, column, inplace):
+    """Of a label of 7 a list that does not rise."""
+    index = target.clamp(0, 6).flip(0).int() if target[1] == 7 else target[:1].int()
+    rows, values = (x * 1).view(1, 2, 7, 1), y.view(1, 2, 7, 1)
+    return sparse_window_attention(rows, values, values, 2, index.view(1, 1, -1)).sum()
+
+
 STEPS = {
     "token_logprob": step_token_logprob,
     "sequential_kl": step_sequential_kl,
@@ -178,6 +186,7 @@ STEPS = {
     "monotonic_align": align(monotonic_align),
     "monotonic_search": align(monotonic_search),
     "segment_attention": step_segment_attention,
+    "sparse_window_attention": step_sparse_window_attention,
     "edit_align": step_edit_align,
     "window_select": step_window_select,
     "window_scores_update": step_window_scores_update,
@@ -188,10 +197,13 @@ INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
 # ids than queries, a length beyond the sequence, more rows than there are, and of the cache what
 # its steps say.
+# ids than queries, a list that does not rise, a length beyond the sequence, more rows than there
+# are.
 REFUSED = {
     "policy_loss": "cu_seqlens must rise",
     "group_advantage": "rewards must be finite",
     "segment_attention": "query_segments must have shape",
+    "sparse_window_attention": "global_index must hold ascending",
     "edit_align": r"reference_lengths must lie in \[0, 6\]",
     "window_select": "size must hold local",
     "window_scores_update": r"window must lie in \[0, R = 2\], got 7",

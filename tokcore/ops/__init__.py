@@ -11,6 +11,7 @@ from tokcore.ops.policy_loss import policy_loss
 from tokcore.ops.policy_loss_rules import PolicyLoss
 from tokcore.ops.segment_attention import SegmentAttention, segment_attention
 from tokcore.ops.sequential_kl import SequentialKL, sequential_kl
+from tokcore.ops.sparse_window_attention import sparse_window_attention
 from tokcore.ops.token_logprob import token_logprob
 from tokcore.ops.window_scores_update import window_scores_update
 from tokcore.ops.window_select import WindowSelection, window_select
@@ -36,6 +37,7 @@ __all__ = [
     "policy_loss",
     "segment_attention",
     "sequential_kl",
+    "sparse_window_attention",
     "token_logprob",
     "window_scores_update",
     "window_select",
