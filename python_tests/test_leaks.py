@@ -195,10 +195,8 @@ STEPS = {
 }
 INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
-# ids than queries, a length beyond the sequence, more rows than there are, and of the cache what
-# its steps say.
 # ids than queries, a list that does not rise, a length beyond the sequence, more rows than there
-# are.
+# are, and of the cache what its steps say.
 REFUSED = {
     "policy_loss": "cu_seqlens must rise",
     "group_advantage": "rewards must be finite",
