@@ -126,6 +126,20 @@ STABLE_TORCH_LIBRARY(TOKCORE_NAMESPACE, m) {
       "sparse_window_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor "
       "value, Tensor? global_index, Tensor lse, SymInt window, float scale) -> (Tensor grad_query, "
       "Tensor grad_key, Tensor grad_value)");
+  // sparse_decode_attention: attention of one query a head (B, Hq, D) to the slots of a cache (B,
+  // Hkv, C, D) that index (B, Hs, M), the first count (B, Hs) of it, lists, Hs = 1 or Hkv; without
+  // index, to the first count slots. weight_row (B, Hs, M): the weights summed over the heads that
+  // share the list; lse (B, Hq). A uint8 cache has (scale, offset) (B, Hkv, C, Z, 2).
+  m.def(
+      "sparse_decode_attention(Tensor query, Tensor key, Tensor value, Tensor? index, Tensor "
+      "count, Tensor? key_quantization, Tensor? value_quantization, float scale) -> (Tensor "
+      "output, Tensor weight_row, Tensor lse)");
+  // prompt_window_scores: the weights (B, Hs, Q, C) that the queries (B, Hq, Q, D) of the last Q
+  // tokens give to the slots, summed over the heads that share a list; query i sees count - (Q - 1
+  // - i) slots.
+  m.def(
+      "prompt_window_scores(Tensor query, Tensor key, Tensor count, Tensor? key_quantization, "
+      "float scale) -> Tensor");
   // edit_align: the fewest edits that turn hypothesis (..., H) into reference (..., R), integers of
   // which lengths (...) count, ties as in tercom. distance, count (...) int32; operations
   // (..., H + R) and tags (..., H) int8: 0 match, 1 substitution, 2 insertion, 3 deletion;

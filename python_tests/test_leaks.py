@@ -24,7 +24,9 @@ from tokcore.ops import (
     monotonic_align,
     monotonic_search,
     policy_loss,
+    prompt_window_scores,
     sequential_kl,
+    sparse_decode_attention,
     sparse_window_attention,
     token_logprob,
     window_scores_update,
@@ -177,6 +179,19 @@ def step_sparse_window_attention(x, y, target, column, inplace):
     return sparse_window_attention(rows, values, values, 2, index.view(1, 1, -1)).sum()
 
 
+def step_sparse_decode_attention(x, y, target, column, inplace):
+    rows, cache = x.detach().view(2, 1, 7), y.view(2, 1, 1, 7)
+    count = target.view(2, 1).clamp(min=0).int()
+    index = torch.zeros(2, 1, 1, dtype=torch.int32, device=x.device)
+    output, weights, _ = sparse_decode_attention(rows, cache, cache, index, count)
+    return output.sum() + weights.sum()
+
+
+def step_prompt_window_scores(x, y, target, column, inplace):
+    count = target.view(2, 1).clamp(min=0).int()
+    return prompt_window_scores(x.detach().view(2, 1, 1, 7), y.view(2, 1, 1, 7), count).sum()
+
+
 STEPS = {
     "token_logprob": step_token_logprob,
     "sequential_kl": step_sequential_kl,
@@ -187,6 +202,8 @@ STEPS = {
     "monotonic_search": align(monotonic_search),
     "segment_attention": step_segment_attention,
     "sparse_window_attention": step_sparse_window_attention,
+    "sparse_decode_attention": step_sparse_decode_attention,
+    "prompt_window_scores": step_prompt_window_scores,
     "edit_align": step_edit_align,
     "window_select": step_window_select,
     "window_scores_update": step_window_scores_update,
@@ -195,13 +212,15 @@ STEPS = {
 }
 INPLACE = {"token_logprob", "sequential_kl"}
 # What each refuses of a label of 7: itself, row ends beyond the tokens, an infinite reward, more
-# ids than queries, a list that does not rise, a length beyond the sequence, more rows than there
-# are, and of the cache what its steps say.
+# ids than queries, a list that does not rise, more slots than there are, a length beyond the
+# sequence, more rows than there are, and of the cache what its steps say.
 REFUSED = {
     "policy_loss": "cu_seqlens must rise",
     "group_advantage": "rewards must be finite",
     "segment_attention": "query_segments must have shape",
     "sparse_window_attention": "global_index must hold ascending",
+    "sparse_decode_attention": r"count must lie in \[0, 1\], got 7",
+    "prompt_window_scores": r"count must lie in \[0, 1\], got 7",
     "edit_align": r"reference_lengths must lie in \[0, 6\]",
     "window_select": "size must hold local",
     "window_scores_update": r"window must lie in \[0, R = 2\], got 7",

@@ -22,9 +22,11 @@ SCHEMAS = [
 ]
 NAMES = [schema.partition("(")[0] for schema in SCHEMAS]
 PUBLIC = [name for name in NAMES if not re.search(r"_backward_?$", name)]
-NOT_DIFFERENTIABLE = {"dtw", "edit_align", "group_advantage", "monotonic_align", "monotonic_search"}
-# The sparse key-value cache: written in place, or integers.
-NOT_DIFFERENTIABLE |= {"kv_append", "kv_compact", "window_scores_update", "window_select"}
+NOT_DIFFERENTIABLE = {
+    *("dtw", "edit_align", "group_advantage", "monotonic_align", "monotonic_search"),
+    *("prompt_window_scores", "sparse_decode_attention"),
+    *("kv_append", "kv_compact", "window_scores_update", "window_select"),  # written or integers
+}
 
 
 def namespaces() -> list[str]:

@@ -281,6 +281,115 @@ def lattice(
     return wide, *counts, dtype == torch.float64
 
 
+def cached(
+    operator: str,
+    query: Tensor,
+    key: Tensor,
+    count: Tensor,
+    key_quantization: Tensor | None,
+    *,
+    dims: int,
+) -> None:
+    """A cache (B, Hkv, C, D), how much of its lists is in use, and who attends to it."""
+    tensor(operator, "query", query)
+    floating(operator, "query", query)
+    no_functional_derivative(operator, "query", query)
+    rule = "(B, Hq, Q, D)" if dims == 4 else "(B, Hq, D)"
+    if query.dim() != dims or query.shape[1] < 1 or not 1 <= query.shape[-1] <= 256:
+        raise ValueError(
+            f"{operator}: query must have shape {rule} with Hq >= 1 and 1 <= D <= 256, got "
+            f"{_shape(query)}"
+        )
+    cache_tensor(operator, "key", key, key_quantization, query)
+    heads, batch = key.shape[1], query.shape[0]
+    if heads < 1 or query.shape[1] % heads != 0:
+        raise ValueError(
+            f"{operator}: key must have Hkv heads, a divisor of Hq = {query.shape[1]}, got {heads}"
+        )
+    tensor(operator, "count", count)
+    if count.dtype != torch.int32:
+        raise TypeError(f"{operator}: count must be int32, got {count.dtype}")
+    if count.dim() != 2 or count.shape[0] != batch or count.shape[1] not in (1, heads):
+        raise ValueError(
+            f"{operator}: count must have shape ({batch}, Hs) with Hs = 1 or {heads}, got "
+            f"{_shape(count)}"
+        )
+    _on_device_of_query(operator, "count", count, query)
+
+
+def cache_tensor(
+    operator: str, name: str, value: Tensor, quantization: Tensor | None, query: Tensor
+) -> None:
+    tensor(operator, name, value)
+    no_functional_derivative(operator, name, value)
+    if value.dim() != 4 or (value.shape[0], value.shape[3]) != (query.shape[0], query.shape[-1]):
+        raise ValueError(
+            f"{operator}: {name} must have shape ({query.shape[0]}, Hkv, C, {query.shape[-1]}) "
+            f"for query {_shape(query)}, got {_shape(value)}"
+        )
+    _on_device_of_query(operator, name, value, query)
+    if quantization is None:
+        if value.dtype != query.dtype:
+            raise TypeError(
+                f"{operator}: {name} must have the dtype of query, {query.dtype}, or be uint8 with "
+                f"{name}_quantization, got {value.dtype}"
+            )
+        return
+    if value.dtype != torch.uint8:
+        raise TypeError(
+            f"{operator}: {name} must be uint8 with {name}_quantization, got {value.dtype}"
+        )
+    if query.dtype == torch.float64:
+        raise TypeError(
+            f"{operator}: query must be float32, float16 or bfloat16 with {name}_quantization, got "
+            f"{query.dtype}"
+        )
+    tensor(operator, f"{name}_quantization", quantization)
+    if quantization.dtype != torch.float32:
+        raise TypeError(
+            f"{operator}: {name}_quantization must be float32, got {quantization.dtype}"
+        )
+    shape = _shape(quantization)
+    if (
+        len(shape) != 5
+        or (*shape[:3], shape[4]) != (*value.shape[:3], 2)
+        or shape[3] < 1
+        or value.shape[3] % shape[3] != 0
+    ):
+        raise ValueError(
+            f"{operator}: {name}_quantization must have shape {(*value.shape[:3], 'Z', 2)} with Z "
+            f"a divisor of D = {value.shape[3]}, got {shape}"
+        )
+    _on_device_of_query(operator, f"{name}_quantization", quantization, query)
+
+
+def slots_in_use(operator: str, count: Tensor, index: Tensor | None, capacity: int) -> None:
+    """Facts about values, where the native operator only marks an item that is wrong (CUDA)."""
+    if not (_debug() and readable(count)):
+        return
+    most = capacity if index is None else index.shape[2]
+    bad = count[(count < 0) | (count > most)]
+    if bad.numel() > 0:
+        raise ValueError(f"{operator}: count must lie in [0, {most}], got {bad[0].item()}")
+    if index is None or most == 0:
+        return
+    listed = torch.arange(most, device=index.device) < count.unsqueeze(2)
+    wrong = (index < 0) | (index >= capacity)
+    wrong[..., 1:] |= index[..., 1:] <= index[..., :-1]
+    if bool((wrong & listed).any()):
+        raise ValueError(
+            f"{operator}: index must hold ascending slots in [0, {capacity}), got "
+            f"{index[wrong & listed][0].item()} where it does not"
+        )
+
+
+def _on_device_of_query(operator: str, name: str, value: Tensor, query: Tensor) -> None:
+    if value.device != query.device:
+        raise ValueError(
+            f"{operator}: {name} must be on the device of query, {query.device}, got {value.device}"
+        )
+
+
 def lattice_results(operator: str, name: str, sums: Tensor) -> None:
     """Where the native operator has only marked an item that is wrong (CUDA)."""
     if _debug() and readable(sums) and bool(sums.isnan().any()):

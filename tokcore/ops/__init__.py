@@ -9,8 +9,10 @@ from tokcore.ops.monotonic_align import MonotonicAlignment, monotonic_align
 from tokcore.ops.monotonic_search import MonotonicSearch, maximum_path, monotonic_search
 from tokcore.ops.policy_loss import policy_loss
 from tokcore.ops.policy_loss_rules import PolicyLoss
+from tokcore.ops.prompt_window_scores import prompt_window_scores
 from tokcore.ops.segment_attention import SegmentAttention, segment_attention
 from tokcore.ops.sequential_kl import SequentialKL, sequential_kl
+from tokcore.ops.sparse_decode_attention import SparseDecode, sparse_decode_attention
 from tokcore.ops.sparse_window_attention import sparse_window_attention
 from tokcore.ops.token_logprob import token_logprob
 from tokcore.ops.window_scores_update import window_scores_update
@@ -25,6 +27,7 @@ __all__ = [
     "PolicyLoss",
     "SegmentAttention",
     "SequentialKL",
+    "SparseDecode",
     "WindowSelection",
     "dtw",
     "edit_align",
@@ -35,8 +38,10 @@ __all__ = [
     "monotonic_align",
     "monotonic_search",
     "policy_loss",
+    "prompt_window_scores",
     "segment_attention",
     "sequential_kl",
+    "sparse_decode_attention",
     "sparse_window_attention",
     "token_logprob",
     "window_scores_update",
