@@ -68,12 +68,12 @@ def sparse_decode_attention(
 
     Not differentiable. Sums do not depend on the number of threads.
 
-    >>> key = torch.tensor([[[[0.0], [9.0], [1.0986123]]]])
+    >>> key = torch.tensor([[[[1.0], [9.0], [1.0]]]])
     >>> value = torch.tensor([[[[4.0], [0.0], [8.0]]]])
     >>> index, count = torch.tensor([[[0, 2, -1]]]).int(), torch.tensor([[2]]).int()
     >>> output, row, _ = sparse_decode_attention(torch.ones(1, 1, 1), key, value, index, count)
     >>> output, row
-    (tensor([[[7.]]]), tensor([[[0.2500, 0.7500, 0.0000]]]))
+    (tensor([[[6.]]]), tensor([[[0.5000, 0.5000, 0.0000]]]))
 
     Source: Algorithm 1 of ALISA (arXiv 2403.17312, section IV.B).
     """
