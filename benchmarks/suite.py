@@ -21,7 +21,7 @@ DTYPES = {name: getattr(torch, name) for name in (*LOGITS, "float64", "int64")}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Logits, matrices or hidden states (sequences, rows / sequences, vocabulary), or `rows`
+    """Logits, matrices, hidden states or slots (sequences, rows / sequences, vocabulary), or `rows`
     rewards."""
 
     name: str
@@ -49,13 +49,18 @@ SHAPES = {
     },
     "8x256x512": Shape("8 of 256, width 512", 8 * 256, 512, 8),
     "2x1024x512": Shape("2 of 1024, width 512", 2 * 1024, 512, 2),
+    "1x4096x1024": Shape("1 of 4,096 slots, width 1,024", 4096, 1024, 1),
+    "1x16384x1024": Shape("1 of 16,384 slots, width 1,024", 16384, 1024, 1),
+    "8x4096x1024": Shape("8 of 4,096 slots, width 1,024", 8 * 4096, 1024, 8),
     "tiny": Shape("tiny", 64, 4096, 4),
 }
 MODELS = ("llama2", "llama3", "qwen2.5")
 BATCHES = ("1e3", "1e4", "1e5", "1e6", "1e7")
 WIDTHS = ("8x256x512", "2x1024x512")
-MATRICES = tuple(name for name in SHAPES if name not in (*MODELS, *BATCHES, *WIDTHS, "tiny"))
-MEASURED = (*MODELS, *BATCHES, *MATRICES, *WIDTHS)
+CACHES = ("1x4096x1024", "1x16384x1024", "8x4096x1024")
+OTHERS = (*MODELS, *BATCHES, *WIDTHS, *CACHES)
+MATRICES = tuple(name for name in SHAPES if name not in (*OTHERS, "tiny"))
+MEASURED = (*OTHERS, *MATRICES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,28 @@ def test_attention_with_mask(dtype):
         torch.testing.assert_close(gradient, backward[0][0], **tolerance)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sparse_decode_attention", "sparse_decode_attention_packed"),
+        *("sparse_decode_attention_listed", "prompt_window_scores"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cached_attention_variants(name, dtype):
+    suite = SUITES[name]
+    inputs = suite.inputs(suite.tiny, dtype, CPU)
+    first, *others = (Call(v, suite, inputs, FORWARD)() for v in suite.variants(dtype, CPU))
+    wanted = first if isinstance(first, tuple) else (first,)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for other in others:
+        found = other if isinstance(other, tuple) else (other,)
+        for a, b in zip(found, wanted, strict=False):  # torch's attention gives the output alone
+            torch.testing.assert_close(
+                a.float().view(b.shape), b.float(), rtol=tolerance, atol=tolerance
+            )
+
+
 @pytest.mark.parametrize("size", ["tiny", "64x30x30", "1x60x80"])
 def test_edit_distances(size):
     """As many operations as tokcore's, whose tie rule is another."""

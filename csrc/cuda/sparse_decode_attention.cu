@@ -182,20 +182,24 @@ __global__ void __launch_bounds__(kSlotThreads) decode_output_kernel(SparseDecod
 template <typename acc_t>
 __global__ void __launch_bounds__(kSlotThreads) decode_weight_kernel(SparseDecodeParams p) {
   const int64_t lists = p.batch * p.lists, stride = int64_t(gridDim.x) * kSlotThreads;
-  for (int64_t list = blockIdx.y; list < lists; list += gridDim.y)
+  for (int64_t list = blockIdx.y; list < lists; list += gridDim.y) {
+    const int64_t count = p.has_valid_count(list) ? p.count[list] : 0;
     for (int64_t j = int64_t(blockIdx.x) * kSlotThreads + threadIdx.x; j < p.listed; j += stride) {
       acc_t weight = p.has_valid_count(list) ? acc_t(0) : kNaN<acc_t>;
-      if (p.has_valid_count(list) && j < p.count[list]) {
-        for (int64_t head = list * p.heads_of_list; head < (list + 1) * p.heads_of_list; ++head) {
-          const BlockSum<acc_t> merged = static_cast<const BlockSum<acc_t>*>(p.merged)[head];
-          const BlockSum<acc_t> split =
-              static_cast<const BlockSum<acc_t>*>(p.sums)[head * p.splits + j / kSlotsOfSplit];
-          weight += static_cast<const acc_t*>(p.scores)[head * p.listed + j] *
-                    SoftmaxOfBlocks<acc_t>{merged.max, acc_t(0), merged.sum}.factor(split);
-        }
+      const int64_t first = list * p.heads_of_list;
+      const int64_t last = j < count ? first + p.heads_of_list : first;
+      // A double's exponential takes the registers of several heads at a time.
+#pragma unroll 1
+      for (int64_t head = first; head < last; ++head) {
+        const BlockSum<acc_t> merged = static_cast<const BlockSum<acc_t>*>(p.merged)[head];
+        const acc_t max =
+            static_cast<const BlockSum<acc_t>*>(p.sums)[head * p.splits + j / kSlotsOfSplit].max;
+        weight += static_cast<const acc_t*>(p.scores)[head * p.listed + j] *
+                  (exp2_of((max - finite_anchor(merged.max)) * acc_t(kLog2E)) * merged.sum);
       }
       static_cast<acc_t*>(p.weight_row)[list * p.listed + j] = weight;
     }
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention_cuda(
