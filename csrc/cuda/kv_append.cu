@@ -14,6 +14,8 @@ namespace tokcore {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpThreads;
+// Registers for so many blocks a processor: without a number the compiler aims higher and spills.
+constexpr int kBlocks = 4;
 
 // visit(side, head, i), by a whole warp, for each token that has a place.
 template <typename Visit>
@@ -30,7 +32,7 @@ __device__ __forceinline__ void for_each_token(const KvAppend& p, const Visit& v
 
 // Whole units of unit_t: Pack where rows allow it, else an entry each.
 template <typename unit_t>
-__global__ void __launch_bounds__(kThreads) kv_copy_kernel(KvAppend p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kv_copy_kernel(KvAppend p) {
   const int64_t units = p.dim * p.entry_bytes / int64_t(sizeof(unit_t));
   for_each_token(p, [&](const Appended& side, int64_t head, int64_t i) {
     unit_t* const to = static_cast<unit_t*>(side.stored) + p.stored_row(head, i) * units;
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) kv_copy_kernel(KvAppend p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) kv_quantize_kernel(KvAppend p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kv_quantize_kernel(KvAppend p) {
   const int lane = threadIdx.x % kWarpThreads;
   for_each_token(p, [&](const Appended& side, int64_t head, int64_t i) {
     const int64_t row = p.stored_row(head, i), size = p.dim / side.groups;

@@ -74,7 +74,8 @@ __device__ __forceinline__ void refuse_slot(const WindowUpdate& p, int64_t list,
   for (int64_t t = 0; t < p.ring_rows; ++t) p.ring_row(list, t)[slot] = NAN;
 }
 
-__global__ void __launch_bounds__(kThreads) window_scores_kernel(WindowUpdate p) {
+// Registers for four blocks a processor: without a number the compiler aims higher and spills.
+__global__ void __launch_bounds__(kThreads, 4) window_scores_kernel(WindowUpdate p) {
   TOKCORE_SHARED(int, entries, kSlots);
   for (int64_t unit = blockIdx.x; unit < p.sizes.all_lists() * stretches(p); unit += gridDim.x) {
     const int64_t list = unit / stretches(p), begin = unit % stretches(p) * kSlots;
