@@ -1,0 +1,62 @@
+"""ALISA, sparse window attention and its three-phase schedule (arXiv 2403.17312)."""
+
+from tokcore.algorithms.alisa.cost import (
+    Costs,
+    Machine,
+    Memory,
+    Profile,
+    Shape,
+    costs,
+    memory,
+    profile,
+)
+from tokcore.algorithms.alisa.schedule import (
+    NEVER,
+    Budget,
+    Capacity,
+    Loaded,
+    Placement,
+    Plan,
+    RowSchedule,
+    Steps,
+    Stored,
+    capacity,
+    half_budget,
+    place,
+    place_all,
+    steps,
+)
+from tokcore.algorithms.alisa.solve import Solution, analytic_plan, solve, solve_exhaustively
+from tokcore.algorithms.alisa.tiers import Gathered, Traffic, TwoTierStore
+
+__all__ = [
+    "NEVER",
+    "Budget",
+    "Capacity",
+    "Costs",
+    "Gathered",
+    "Loaded",
+    "Machine",
+    "Memory",
+    "Placement",
+    "Plan",
+    "Profile",
+    "RowSchedule",
+    "Shape",
+    "Solution",
+    "Steps",
+    "Stored",
+    "Traffic",
+    "TwoTierStore",
+    "analytic_plan",
+    "capacity",
+    "costs",
+    "half_budget",
+    "memory",
+    "place",
+    "place_all",
+    "profile",
+    "solve",
+    "solve_exhaustively",
+    "steps",
+]
