@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from alisa_plans import half, plans
+from alisa_cases import half, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

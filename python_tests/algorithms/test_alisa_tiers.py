@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from alisa_plans import half, plans
+from alisa_cases import (
+    DIM,
+    HEADS,
+    WIDTH,
+    Everything,
+    assert_equal_to_one_tier,
+    half,
+    layer,
+    plans,
+    selection,
+    store_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,102 +28,6 @@ from tokcore.algorithms.alisa import (
     steps,
 )
 
-HEADS, DIM, WIDTH = 2, 4, 6
-
-
-def layer(inputs, positions):
-    """Key and value (N, Hkv, D) of layer inputs, elementwise: a token's bits are its own."""
-    shift = torch.arange(2 * HEADS * DIM, device=inputs.device, dtype=inputs.dtype)
-    rotated = torch.cos(positions.to(inputs.dtype)[:, None] * 0.1 + shift)
-    made = (inputs.repeat(1, 3)[:, : 2 * HEADS * DIM] * rotated).view(-1, 2, HEADS, DIM)
-    return made[:, 0], made[:, 1]
-
-
-class Everything:
-    """Inputs, keys and values of B sequences; NaN where there is no token."""
-
-    def __init__(self, batch, length, dtype=torch.float32, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs = torch.randn(batch, length, WIDTH, generator=generator).to(dtype)
-        positions = torch.arange(length).repeat(batch)
-        made = layer(self.inputs.flatten(0, 1), positions)
-        self.key, self.value = (
-            x.view(batch, length, HEADS, DIM).transpose(1, 2).contiguous() for x in made
-        )
-
-    def new(self, starts, ends):
-        """What ``append`` takes for positions [start, end) of each sequence, padded on the left."""
-        counts = [e - s for s, e in zip(starts, ends, strict=True)]
-        batch, most = len(starts), max(counts)
-        key = self.key.new_full((batch, HEADS, most, DIM), torch.nan)
-        value, inputs = key.clone(), key.new_full((batch, most, WIDTH), torch.nan)
-        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            if end > start:
-                key[b, :, start - end :] = self.key[b, :, start:end]
-                value[b, :, start - end :] = self.value[b, :, start:end]
-                inputs[b, start - end :] = self.inputs[b, start:end]
-        return {"key": key, "value": value, "inputs": inputs, "valid": counts}
-
-    def at(self, index, count):
-        """(B, Hkv, M, D) key and value of the listed tokens, 0 from count on; and for a store's."""
-        lists = index.shape[1]
-        kept = torch.arange(index.shape[2]) < count[:, :, None]
-        heads = torch.arange(HEADS) if lists > 1 else torch.zeros(HEADS, dtype=torch.int64)
-        rows = index.clamp(min=0).long()[:, heads, :, None].expand(-1, -1, -1, DIM)
-        kept = kept[:, heads, :, None]
-        return kept, *(torch.where(kept, x.gather(2, rows), 0) for x in (self.key, self.value))
-
-
-def selection(lengths, budget, lists, generator):
-    """Random globals before the local window, an own list for each of `lists`."""
-    budgets = [budget(n) for n in lengths]
-    most = max(local + top for local, top in budgets)
-    index = torch.full((len(lengths), lists, most), -1, dtype=torch.int32)
-    count = torch.zeros(len(lengths), lists, dtype=torch.int32)
-    for b, (n, (local, top)) in enumerate(zip(lengths, budgets, strict=True)):
-        for s in range(lists):
-            older = torch.randperm(n - local, generator=generator)[:top].sort().values
-            chosen = torch.cat([older, torch.arange(n - local, n)])
-            index[b, s, : len(chosen)], count[b, s] = chosen, len(chosen)
-    return index, count
-
-
-def attention(query, key, value, kept):
-    """Plain decode attention of (B, Hq, D) over packed tokens, two query heads a KV head."""
-    query = query.unflatten(1, (HEADS, -1))
-    scores = (query @ key.transpose(-1, -2)).masked_fill(~kept[..., 0][:, :, None], -torch.inf)
-    return (scores.softmax(-1) @ value).flatten(1, 2)
-
-
-def run(store, tokens, prompts, count, budget, seed=0, check=None):
-    """Prompt and `count` steps of random selections, each compared in bits. -> phases seen."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths, phases = [0] * len(prompts), set()
-    for step in range(count + 1):
-        ends = list(prompts) if step == 0 else [n + 1 for n in lengths]
-        store.append(**tokens.new(lengths, ends))
-        lengths = ends
-        assert store.lengths == lengths
-        index, count_ = selection(lengths, budget, store.lists, generator)
-        kept, key, value = tokens.at(index, count_)
-        found = store.gather(index, count_)
-        zero = torch.zeros((), dtype=key.dtype)
-        assert torch.equal(torch.where(kept, found.key, zero), key), step
-        assert torch.equal(torch.where(kept, found.value, zero), value), step
-        query = torch.randn(len(prompts), 2 * HEADS, DIM, generator=generator).to(key.dtype)
-        ours = attention(query, torch.where(kept, found.key, 0), found.value, kept)
-        assert torch.equal(ours, attention(query, key, torch.where(kept, value, found.value), kept))
-        phases |= set(store.phases)
-        if check:
-            check(step, index, count_)
-    return phases
-
-
-def store_of(plan, prompts, count, budget, **options):
-    kind = {"kv_heads": HEADS, "head_dim": DIM, "recompute": layer, "input_dim": WIDTH}
-    return TwoTierStore(plan, prompts, count, budget, **(kind | options))
-
-
 # --- equal to one tier ----------------------------------------------------------------------------
 
 
@@ -125,7 +40,7 @@ def test_equal_to_one_tier_in_bits_over_all_phases(dtype, lists, inputs_on):
     prompts, budget = [10, 7, 1], half(0.4)
     store = store_of(every, prompts, 30, budget, dtype=dtype, lists=lists, inputs_on=inputs_on)
     together = set()
-    phases = run(
+    phases = assert_equal_to_one_tier(
         *(store, Everything(3, 40, dtype), prompts, 30, budget),
         check=lambda *_: together.add(tuple(store.phases)),
     )
@@ -156,7 +71,9 @@ def test_equal_to_one_tier_for_any_plan(plan, prompt, count, ratio, lists, reuse
         stage=need.stage + more,
         beta_of=beta_of,
     )
-    run(store, Everything(2, prompt + count), [prompt] * 2, count, budget, seed=prompt)
+    assert_equal_to_one_tier(
+        store, Everything(2, prompt + count), [prompt] * 2, count, budget, seed=prompt
+    )
 
 
 def test_a_matrix_product_is_recomputed_to_its_rounding():
@@ -193,7 +110,7 @@ def test_slots_are_those_of_key_and_value():
         assert torch.equal(torch.where(kept, store.key.gather(2, rows), 0), key)
         assert torch.equal(torch.where(kept, store.value.gather(2, rows), 0), value)
 
-    run(store, tokens, [12, 8], 12, budget, check=check)
+    assert_equal_to_one_tier(store, tokens, [12, 8], 12, budget, check=check)
     assert store.key.shape[2] == store.capacity.device + store.capacity.stage
 
 
@@ -215,7 +132,7 @@ def test_reorder_takes_everything_of_a_row_along():
     every, budget = [Plan(0.6, 0.5, 2, 4), Plan(0.9, 0.0, 0)], half(0.5)
     tokens = Everything(2, 20, seed=3)
     store = store_of(every, [8, 6], 12, budget)
-    run(store, tokens, [8, 6], 6, budget)
+    assert_equal_to_one_tier(store, tokens, [8, 6], 6, budget)
     store.reorder([1, 0, 1])
     rows = torch.tensor([1, 0, 1])
     for name in ("inputs", "key", "value"):
@@ -277,14 +194,14 @@ def test_reuse_moves_less_and_a_larger_stage_less_still():
     moved = []
     for options in ({"reuse": False}, {}, {"stage": 16}):
         store = store_of(Plan(alpha=0.9, p1=0), [16], 16, half(0.4), **options)
-        run(store, Everything(1, 32), [16], 16, half(0.4))
+        assert_equal_to_one_tier(store, Everything(1, 32), [16], 16, half(0.4))
         moved.append(store.traffic.fetched)
     assert moved[0] > moved[1] > moved[2]
 
 
 def test_all_on_the_device_moves_nothing():
     store = store_of(Plan(), [4], 12, half(0.5), recompute=None, input_dim=None)
-    run(store, Everything(1, 16), [4], 12, half(0.5))
+    assert_equal_to_one_tier(store, Everything(1, 16), [4], 12, half(0.5))
     assert store.traffic == Traffic()
     assert store.host_bytes == 0
 

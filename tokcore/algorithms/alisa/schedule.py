@@ -247,8 +247,8 @@ class RowSchedule:
 
     def append(self, count: int) -> Stored:
         """Take in `count` tokens."""
-        stored, self.placement = self.after(count)
-        self.length += count
+        stored, placement = self.after(count)
+        self.move_on(count, placement)
         return stored
 
     def after(self, count: int) -> tuple[Stored, Placement]:
@@ -275,6 +275,10 @@ class RowSchedule:
             delete=range(old.deleted, min(old.host, deleted)),
         )
         return stored, Placement(phase, deleted, host)
+
+    def move_on(self, count: int, placement: Placement) -> None:
+        """Do what ``after(count)`` has found."""
+        self.length, self.placement = self.length + count, placement
 
     def forget(self) -> None:
         """Empty the stage."""

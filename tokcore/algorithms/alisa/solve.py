@@ -8,9 +8,11 @@ What can be said from capacity, bandwidth and KV size alone is said first:
     beta   the least share that makes the last step fit there
 
 What remains is a choice between bringing and recomputing, by the profiled seconds. A greedy search
-settles it: one parameter after another is set to its best candidate, the others held, until none
-improves; from the analytic start, from the same without deletion, and from the same with everything
-deleted as soon as it leaves the device. The paper publishes no search grid and no solution.
+settles it: one parameter after another, and p1 = p2 as one, is set to its best candidate, the
+others held, until none improves. It starts from the analytic plan, from the same without deletion,
+and for each share of deletion from the same and from everything beyond the device at once: deletion
+needs room for layer inputs, and pays with all parameters moved together or not at all. The paper
+publishes no search grid and no solution.
 """
 
 from __future__ import annotations
@@ -74,9 +76,9 @@ def solve(
     search = _Search("solve", steps, shape, machine, profile, grid, step_grid, options)
     first = search.analytic
     starts = [first._replace(beta=0.0, p2=search.never), first]
-    starts.append(first._replace(beta=1.0, p2=first.p1))
-    # Deletion may be needed before the host tier is full: its inputs take room there as well.
-    starts += [first._replace(beta=b, p2=first.p1) for b in search.shares]
+    # Stored inputs take room that the analytic plan has not counted: these start with all of it.
+    for beta in reversed(search.shares_beta):
+        starts += [first._replace(beta=beta, p2=first.p1), Plan(1.0, beta, 0, 0)]
     best, least = None, math.inf
     for start in starts:
         plan, seconds = search.descend(start)
@@ -147,7 +149,7 @@ class _Search:
         least, moved = self.seconds(plan), True
         while moved:
             moved = False
-            for candidates in (self._p1, self._alpha, self._p2, self._beta):
+            for candidates in (self._p1, self._alpha, self._p2, self._beta, self._both):
                 for other in candidates(plan):
                     seconds = self.seconds(other)
                     if seconds < least:
@@ -159,6 +161,9 @@ class _Search:
 
     def _p2(self, plan: Plan) -> Iterable[Plan]:
         return [plan._replace(p2=t) for t in self.times if t >= plan.p1]
+
+    def _both(self, plan: Plan) -> Iterable[Plan]:
+        return [plan._replace(p1=t, p2=t) for t in self.times]
 
     def _alpha(self, plan: Plan) -> Iterable[Plan]:
         return [plan._replace(alpha=x) for x in self.shares]

@@ -215,11 +215,11 @@ class TwoTierStore:
                 was reserved for. Nothing is changed then.
         """
         new = self._check_new(key, value, inputs, valid)
-        planned = [row.after(n)[0] for row, n in zip(self._rows, new, strict=True)]
+        after = [row.after(n) for row, n in zip(self._rows, new, strict=True)]
         queries, room = key.shape[2], self.capacity
         fresh = torch.stack([key.transpose(1, 2), value.transpose(1, 2)], 3).flatten(0, 1)
         leave, gone, straight, landed, enter, placed, kept, held = ([] for _ in range(8))
-        for b, (row, stored) in enumerate(zip(self._rows, planned, strict=True)):
+        for b, (row, (stored, _)) in enumerate(zip(self._rows, after, strict=True)):
             first = (b + 1) * queries - new[b] - row.length  # a position's row of fresh, less it
             going, coming = np.arange(*_ends(stored.offload)), np.arange(*_ends(stored.device))
             old, young = going[going < row.length], going[going >= row.length]
@@ -244,10 +244,9 @@ class TwoTierStore:
                 self._to_host(source, kept, target, held)
             else:
                 _copy(source, kept, target, held)
-        records = sum(len(s.offload) for s in planned) * self.lists
-        self._count(offloaded=records)
-        for row, n in zip(self._rows, new, strict=True):
-            row.append(n)
+        self._count(offloaded=self.lists * sum(len(stored.offload) for stored, _ in after))
+        for row, n, (_, placement) in zip(self._rows, new, after, strict=True):
+            row.move_on(n, placement)
 
     @torch.no_grad()
     def load(self, index: Tensor, count: Tensor) -> Tensor:
