@@ -34,6 +34,7 @@ from tokcore.algorithms.alisa import (
     costs,
     half_budget,
     memory,
+    place_all,
     profile,
     solve,
     steps,
@@ -267,6 +268,11 @@ def run(case):
         row |= {"least_ms": round(1e3 * min(seconds), 3), "output_error": error}
         if isinstance(store, TwoTierStore):
             row |= tiered_row(case, store, early, dies, *plans[name], ahead, link, profiled)
+            _, deleted, host = (int(x[-1]) for x in place_all(plans[name][0], ahead))
+            live = chosen[-1].live
+            row |= {"host_tokens_at_the_end": host - deleted, "deleted_at_the_end": deleted}
+            row |= {"of_them_live": int(((live >= deleted) & (live < host)).sum())}
+            row |= {"of_the_deleted_live": int((live < deleted).sum())}
         else:
             row |= {"device_mb": mb(max(store.sizes) * SHAPE.token_bytes)}
             settled = max(store.sizes[dies + store.every :])

@@ -315,6 +315,11 @@ class TwoTierStore:
 
     def _load(self, index: Tensor, count: Tensor) -> Tensor:
         chosen, counts = index.cpu().numpy(), count.cpu().numpy()
+        if ((counts < 0) | (counts > chosen.shape[2])).any():
+            raise ValueError(
+                f"TwoTierStore.load: count must lie in [0, {chosen.shape[2]}], got "
+                f"{counts.tolist()}"
+            )
         slots = np.zeros(chosen.shape, np.int64)
         fetch, into, again, lost = [], [], [], []
         width, room = self._near.shape[1], self.capacity
@@ -420,10 +425,6 @@ class TwoTierStore:
             raise ValueError(
                 f"{name}: index must be {(*lists, 'M')} and count {lists}, got "
                 f"{tuple(index.shape)} and {tuple(count.shape)}"
-            )
-        if count.numel() and not 0 <= int(count.min()) <= int(count.max()) <= index.shape[2]:
-            raise ValueError(
-                f"{name}: count must lie in [0, {index.shape[2]}], got {count.tolist()}"
             )
 
 
