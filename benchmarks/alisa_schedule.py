@@ -275,7 +275,7 @@ def run(case):
             row |= {"of_the_deleted_live": int((live < deleted).sum())}
         else:
             row |= {"device_mb": mb(max(store.sizes) * SHAPE.token_bytes)}
-            settled = max(store.sizes[dies + store.every :])
+            settled = max(store.sizes[min(dies + store.every, case.steps) :])
             row |= {"settled_device_mb": mb(settled * SHAPE.token_bytes), "host_mb": 0.0}
             row |= {"down_mb": 0.0, "up_mb": 0.0, "recomputed_tokens": 0}
             row |= {"moved_on_device_mb": mb(store.moved)}
