@@ -1,9 +1,6 @@
 """The replay of ALISA's schedules beside exact eviction, on a small case."""
 
-import pytest
 import torch
-
-pytest.importorskip("pytest_benchmark", reason="the extra [bench] is missing")
 
 from benchmarks import alisa_schedule
 

@@ -43,8 +43,8 @@ def problems(draw):
     return ahead, shape, machine, timed([first, first * draw(st.floats(1, 8))])
 
 
-# The same problems at every run: a greedy search promises no optimum. It found that of each of some
-# five hundred random ones.
+# The same problems at every run: a greedy search promises no optimum. It found that of each of
+# several hundred random ones.
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(problems(), st.sampled_from(["host", "length"]), st.sampled_from(["host", "device"]))
 def test_greedy_finds_what_trying_everything_finds(problem, beta_of, inputs_on):
@@ -120,8 +120,13 @@ def test_a_full_host_makes_the_oldest_go():
 def test_errors_are_named():
     ahead = steps(16, 16, half(0.25))
     machine = Machine(7 * 32, 1 << 20, 1e6, 1e6)
-    with pytest.raises(ValueError, match=r"solve: no plan fits into .* = 224 and .* take 256 byt"):
+    with pytest.raises(ValueError, match=r"solve: no plan fits into .* = 224 and .* take 256 of"):
         solve(ahead, ONE, machine, timed([1, 1]))
+    # 12 of 32 tokens do not fit on the device: 384 bytes, or 192 of inputs.
+    machine = Machine(24 * 32, 191, 1e6, 1e6)
+    with pytest.raises(ValueError, match=r"= 191; .* the rest 384 of the host, and if deleted 192"):
+        solve(ahead, ONE, machine, timed([1, 1]))
+    solve(ahead, ONE, machine._replace(host_bytes=192), timed([1, 1]))
     for field in ("grid", "step_grid"):
         for search in (solve, solve_exhaustively):
             with pytest.raises(ValueError, match=f"{search.__name__}: {field} must be pos.*got 0"):

@@ -173,12 +173,17 @@ class _Search:
 
     def solution(self, plan: Plan | None, seconds: float) -> Solution:
         if plan is None:
-            most = Plan(1.0, 0.0, 0, self.never)
-            device = memory(most, self.steps, self.shape, **self.of_memory).device_bytes
+            most, first = Plan(1.0, 0.0, 0, self.never), self.analytic
+            every, none = first._replace(beta=1.0, p2=first.p1), first._replace(beta=0.0)
+            need = [
+                memory(x, self.steps, self.shape, **self.of_memory) for x in (most, none, every)
+            ]
             raise ValueError(
                 f"{self.name}: no plan fits into machine.device_bytes = "
                 f"{self.machine.device_bytes} and machine.host_bytes = {self.machine.host_bytes}; "
-                f"the local window and the globals alone take {device} bytes of the device"
+                f"the local window and the globals alone take {need[0].device_bytes} of the "
+                f"device, the rest {need[1].host_bytes} of the host, and if deleted "
+                f"{need[2].host_bytes}"
             )
         plan = _without_idle_parameters(plan, self.never)
         return Solution(plan, seconds, self.costs(plan), len(self.known))
