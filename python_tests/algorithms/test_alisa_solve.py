@@ -68,6 +68,30 @@ def test_greedy_finds_what_trying_everything_finds(problem, beta_of, inputs_on):
         assert one.costs.seconds.sum() == pytest.approx(one.seconds, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "count", "layers", "machine", "seconds", "beta_of"),
+    [
+        (8, 8, 2, Machine(704, 512, 1e4, 1e5), [9.96e-4, 1.024e-3], "host"),
+        (12, 6, 3, Machine(1344, 1344, 1e6, 1e4), [3.37e-6, 2.36e-5], "host"),
+        (4, 7, 3, Machine(960, 384, 1e5, 1e6), [1.99e-6, 1.324e-5], "length"),
+        (8, 7, 2, Machine(896, 768, 1e4, 1e4), [1.718e-3, 1.207e-2], "length"),
+        (8, 7, 1, Machine(384, 128, 1e6, 1e6), [1e-3, 1e-2], "host"),
+    ],
+)
+def test_where_fewer_starts_or_moves_stopped_short(
+    prompt, count, layers, machine, seconds, beta_of
+):
+    """Inputs on the device: deletion takes room there, so that alpha, p1 and p2 move with beta."""
+    problem = (
+        *(steps(prompt, count, half(0.25)), ONE._replace(layers=layers, input_dim=4)),
+        *(machine, timed(seconds)),
+    )
+    options = {"grid": 4, "step_grid": 6, "beta_of": beta_of, "inputs_on": "device"}
+    best = solve_exhaustively(*problem, **options)
+    assert best.plan.beta > 0
+    assert solve(*problem, **options).seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
 def test_what_fits_stays_on_the_device():
     ahead = steps(8, 8, half(0.5))
     found = solve(ahead, ONE, Machine(16 * 32, 0, 1e6, 1e6), timed([1e-3, 1e-3]))
