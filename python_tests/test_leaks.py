@@ -147,9 +147,9 @@ def step_window_select(x, y, target, column, inplace):
 
 def step_window_scores_update(x, y, target, column, inplace):
     """A window of 7 is more than the ring has rows."""
-    *_, last, score, ring = cache_of(x, y)
+    _, _, index, last, score, ring = cache_of(x, y)
     one, window = target[:1].int(), target[1:].clamp(min=0).int()
-    rows, index = ring[:, :, :1].contiguous(), last.clone()
+    rows = ring[:, :, :1].contiguous()
     window_scores_update(score, ring, last, one * 1, rows, index, one.unsqueeze(1), one, window)
     return score.sum()
 

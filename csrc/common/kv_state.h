@@ -119,10 +119,11 @@ struct Quantizer {
     stored_scale = finite ? float(scale) : NAN;
     stored_offset = !finite ? NAN : scale > 0 ? float(-scale * zero) : least;
   }
-  TOKCORE_KV_HD uint8_t operator()(float x) const {
-    if (!(scale > 0)) return 0;
+  // A group that does not vary, or is not finite, has code 0 everywhere.
+  TOKCORE_KV_HD bool varies() const { return scale > 0; }
+  TOKCORE_KV_HD uint8_t code(float x) const {
     const double q = floor(double(x) / scale + 0.5) + zero;
-    return uint8_t(q < 0 ? 0.0 : q > 255 ? 255.0 : q);
+    return uint8_t(int(q < 0 ? 0.0 : q > 255 ? 255.0 : q));
   }
 };
 

@@ -5,6 +5,8 @@
 // set as the rows, which quantise.
 #include "common/kv_append.h"
 
+#include <cstring>
+
 #include "cpu/primitives/blocks.h"
 #include "cpu/primitives/isa.h"
 
@@ -30,20 +32,43 @@ namespace tokcore {
 namespace TOKCORE_ISA {
 namespace {
 
+constexpr int kLanes = 16;  // entries that are looked at together: what one instruction takes
+
+// Least, greatest, and whether all are finite, in lanes: a loop over one minimum waits for it.
+template <typename T>
+Quantizer quantizer_of(const T* x, int64_t size) {
+  float least[kLanes], greatest[kLanes], wrong[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    least[i] = greatest[i] = to_acc(x[0]);
+    wrong[i] = 0;
+  }
+  const auto look = [&](int i, float entry) {
+    least[i] = entry < least[i] ? entry : least[i];
+    greatest[i] = entry > greatest[i] ? entry : greatest[i];
+    wrong[i] += entry - entry;  // 0, or NaN
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes)
+    for (int i = 0; i < kLanes; ++i) look(i, to_acc(x[d + i]));
+  for (; d < size; ++d) look(0, to_acc(x[d]));
+  for (int i = 1; i < kLanes; ++i) {
+    least[0] = least[i] < least[0] ? least[i] : least[0];
+    greatest[0] = greatest[i] > greatest[0] ? greatest[i] : greatest[0];
+    wrong[0] += wrong[i];
+  }
+  return Quantizer(least[0], greatest[0], wrong[0] == 0);
+}
+
 template <typename T>
 void quantize_group(const T* x, int64_t size, uint8_t* out, float* quantization) {
-  float least = to_acc(x[0]), greatest = least;
-  int finite = 1;
-  for (int64_t d = 0; d < size; ++d) {
-    const float entry = to_acc(x[d]);
-    least = entry < least ? entry : least;
-    greatest = entry > greatest ? entry : greatest;
-    finite &= entry - entry == 0;
-  }
-  const Quantizer quantizer(least, greatest, finite != 0);
-  for (int64_t d = 0; d < size; ++d) out[d] = quantizer(to_acc(x[d]));
+  const Quantizer quantizer = quantizer_of(x, size);
   quantization[0] = quantizer.stored_scale;
   quantization[1] = quantizer.stored_offset;
+  if (!quantizer.varies()) {
+    std::memset(out, 0, size);
+    return;
+  }
+  for (int64_t d = 0; d < size; ++d) out[d] = quantizer.code(to_acc(x[d]));
 }
 
 template <typename T>
@@ -82,7 +107,6 @@ extern const KvAppendRows kv_append_rows = {quantize};
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "common/kv_append_call.h"
 #include "cpu/primitives/parallel.h"

@@ -25,19 +25,25 @@ struct Threshold {
   int64_t ties;
 };
 
-// For the `wanted` >= 1 greatest of n > wanted candidates, which are written over.
-Threshold threshold_of(uint64_t* keys, int64_t n, int64_t wanted, int64_t* tally) {
+// For the `wanted` >= 1 greatest of n > wanted candidates, which are written over. Two tallies in
+// turn: neighbours often agree, and an addition would wait for the one before it.
+Threshold threshold_of(uint64_t* keys, int64_t n, int64_t wanted, int32_t* tally) {
+  int32_t *const even = tally, *const odd = tally + kDigits;
   while (true) {
     uint64_t different = 0;
     for (int64_t j = 1; j < n; ++j) different |= keys[j] ^ keys[0];
     if (different == 0) return {keys[0], wanted};
     const int shift = std::max(0, 64 - __builtin_clzll(different) - kDigitBits);
     const auto digit = [&](uint64_t key) { return key >> shift & (kDigits - 1); };
-    std::fill_n(tally, kDigits, 0);
-    for (int64_t j = 0; j < n; ++j) ++tally[digit(keys[j])];
+    std::fill_n(tally, 2 * kDigits, 0);
+    for (int64_t j = 0; j + 1 < n; j += 2) {
+      ++even[digit(keys[j])];
+      ++odd[digit(keys[j + 1])];
+    }
+    if (n % 2 != 0) ++even[digit(keys[n - 1])];
     uint64_t least = kDigits - 1;
-    for (; tally[least] < wanted; --least) wanted -= tally[least];
-    const int64_t kept = tally[least];
+    for (; even[least] + odd[least] < wanted; --least) wanted -= even[least] + odd[least];
+    const int64_t kept = even[least] + odd[least];
     // All of them are taken: so is every key from the digit's least one on.
     if (kept == wanted)
       return {((keys[0] >> shift & ~uint64_t(kDigits - 1)) | least) << shift, kept};
@@ -52,7 +58,7 @@ Threshold threshold_of(uint64_t* keys, int64_t n, int64_t wanted, int64_t* tally
 }
 
 void select_list(const SelectTensors& p, int64_t list, std::vector<uint64_t>& keys,
-                 std::vector<int64_t>& tally) {
+                 std::vector<int32_t>& tally) {
   const Selection chosen = p.selection(list);
   const int64_t* score = p.score + list * p.sizes.slots;
   int32_t *const index = p.index + list * p.size, *next = index;
@@ -100,7 +106,7 @@ std::tuple<Tensor, Tensor> window_select_cpu(const Tensor& score, const Tensor& 
   p.selected = static_cast<int32_t*>(selected.mutable_data_ptr());
   parallel_units(p.sizes.all_lists(), p.sizes.slots + size, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys;
-    std::vector<int64_t> tally(kDigits);
+    std::vector<int32_t> tally(2 * kDigits);
     for (int64_t list = begin; list < end; ++list) select_list(p, list, keys, tally);
   });
   return {index, selected};

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kv_quantize_kernel(KvAppend
       }
       const Quantizer quantizer(least, greatest, __all_sync(kWholeWarp, finite) != 0);
       for (int64_t d = lane; d < size; d += kWarpThreads)
-        out[first + d] = quantizer(float(token[first + d]));
+        out[first + d] = quantizer.varies() ? quantizer.code(float(token[first + d])) : 0;
       if (lane != 0) continue;
       float* const pair = side.quantization + 2 * (row * side.groups + g);
       pair[0] = quantizer.stored_scale;
