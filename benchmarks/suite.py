@@ -52,13 +52,15 @@ SHAPES = {
     "1x4096x1024": Shape("1 of 4,096 slots, width 1,024", 4096, 1024, 1),
     "1x16384x1024": Shape("1 of 16,384 slots, width 1,024", 16384, 1024, 1),
     "8x4096x1024": Shape("8 of 4,096 slots, width 1,024", 8 * 4096, 1024, 8),
+    **{f"1x{n}x512": Shape(f"1 of {n}, width 512", n, 512, 1) for n in (2048, 4096)},
     "tiny": Shape("tiny", 64, 4096, 4),
 }
 MODELS = ("llama2", "llama3", "qwen2.5")
 BATCHES = ("1e3", "1e4", "1e5", "1e6", "1e7")
 WIDTHS = ("8x256x512", "2x1024x512")
 CACHES = ("1x4096x1024", "1x16384x1024", "8x4096x1024")
-OTHERS = (*MODELS, *BATCHES, *WIDTHS, *CACHES)
+PROMPTS = ("1x2048x512", "1x4096x512")
+OTHERS = (*MODELS, *BATCHES, *WIDTHS, *CACHES, *PROMPTS)
 MATRICES = tuple(name for name in SHAPES if name not in (*OTHERS, "tiny"))
 MEASURED = (*OTHERS, *MATRICES)
 

@@ -53,22 +53,6 @@ namespace {
 TOKCORE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 TOKCORE_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
-template <typename S>
-TOKCORE_INLINE void fill(S* x, int64_t n, S value) {
-  for (int64_t i = 0; i < n; ++i) x[i] = value;
-}
-
-struct Carver {
-  char* next;
-  template <typename E>
-  E* take(int64_t entries) {
-    constexpr uintptr_t kLine = 64;
-    char* const taken = next + (kLine - reinterpret_cast<uintptr_t>(next) % kLine) % kLine;
-    next = taken + entries * int64_t(sizeof(E));
-    return reinterpret_cast<E*>(taken);
-  }
-};
-
 // ---- tiles ------------------------------------------------------------------------------------
 
 // The rows of a unit of queries: those of head 0 of the group, of head 1, ...
@@ -160,18 +144,6 @@ TOKCORE_INLINE void for_each_query_tile(const WindowParams& p, const Keys& keys,
     }
 }
 
-template <typename T>
-TOKCORE_INLINE void unpack_row(const void* tensor, int64_t row, int64_t dim, int64_t width,
-                               Acc<T> factor, Acc<T>* out) {
-  using V = Vec<Acc<T>>;
-  unpack(static_cast<const T*>(tensor) + row * dim, dim, out);
-  V a, b;
-  for (int64_t d = 0; factor != Acc<T>(1) && d < width; d += kUnit<Acc<T>>) {
-    load2(out + d, a, b);
-    store2(out + d, a * V::all(factor), b * V::all(factor));
-  }
-}
-
 // The tile's rows; zeros beyond them.
 template <typename T>
 TOKCORE_INLINE void unpack_tile(const void* tensor, const Columns& columns, int64_t dim,
@@ -179,70 +151,6 @@ TOKCORE_INLINE void unpack_tile(const void* tensor, const Columns& columns, int6
   for (int64_t j = 0; j < columns.count; ++j)
     unpack_row<T>(tensor, columns.at[j], dim, width, factor, out + j * width);
   fill(out + columns.count * width, (kColumns - columns.count) * width, Acc<T>(0));
-}
-
-// ---- weights of a row of a tile ---------------------------------------------------------------
-
-// What the row does not take.
-template <typename S>
-TOKCORE_INLINE void fill_outside(S* x, const Range& range, S value) {
-  fill(x, range.begin, value);
-  fill(x + range.end, kColumns - range.end, value);
-}
-
-// Scores become exponentials above `max`; their sum.
-template <typename S>
-TOKCORE_INLINE S exponentials(S* x, S max) {
-  using V = Vec<S>;
-  const V top = V::all(max), to_log2 = V::all(S(kLog2E));
-  V sum = V::all(0), a, b;
-  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
-    load2(x + j, a, b);
-    a = exp2((a - top) * to_log2);
-    b = exp2((b - top) * to_log2);
-    sum = sum + (a + b);
-    store2(x + j, a, b);
-  }
-  return reduce_add(sum);
-}
-
-// x becomes exp(x - lse), and slope times that what it becomes; its sum.
-template <typename S>
-TOKCORE_INLINE S weighted_slopes(S* x, S* slope, S lse) {
-  using V = Vec<S>;
-  const V of_sum = V::all(lse), to_log2 = V::all(S(kLog2E));
-  V sum = V::all(0), a, b, slope_a, slope_b;
-  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
-    load2(x + j, a, b);
-    load2(slope + j, slope_a, slope_b);
-    a = exp2((a - of_sum) * to_log2);
-    b = exp2((b - of_sum) * to_log2);
-    slope_a = slope_a * a;
-    slope_b = slope_b * b;
-    sum = sum + (slope_a + slope_b);
-    store2(x + j, a, b);
-    store2(slope + j, slope_a, slope_b);
-  }
-  return reduce_add(sum);
-}
-
-// The same with lse and delta of each column: slope becomes weight times (slope - delta).
-template <typename S>
-TOKCORE_INLINE void centered_slopes(S* x, S* slope, const S* lse, const S* delta) {
-  using V = Vec<S>;
-  const V to_log2 = V::all(S(kLog2E));
-  V a, b, c, d;
-  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
-    load2(x + j, a, b);
-    load2(lse + j, c, d);
-    a = exp2((a - c) * to_log2);
-    b = exp2((b - d) * to_log2);
-    store2(x + j, a, b);
-    load2(delta + j, c, d);
-    V slope_a, slope_b;
-    load2(slope + j, slope_a, slope_b);
-    store2(slope + j, a * (slope_a - c), b * (slope_b - d));
-  }
 }
 
 // ---- forward ----------------------------------------------------------------------------------
@@ -256,7 +164,7 @@ struct Running {
 template <typename S>
 TOKCORE_INLINE void take_in(S* x, const Range& range, Running<S>& row, S* out, int64_t width) {
   using V = Vec<S>;
-  fill_outside(x, range, -std::numeric_limits<S>::infinity());
+  fill_outside<kColumns>(x, range, -std::numeric_limits<S>::infinity());
   S top = block_max(x, kColumns);
   top = top > row.max ? top : row.max;
   if (top != row.max) {
@@ -269,7 +177,7 @@ TOKCORE_INLINE void take_in(S* x, const Range& range, Running<S>& row, S* out, i
     row.sum *= kept;
     row.max = top;
   }
-  row.sum += exponentials(x, anchor_of(top));
+  row.sum += exponentials<kColumns>(x, anchor_of(top));
 }
 
 template <typename T>
@@ -304,11 +212,11 @@ void forward_unit(const WindowParams& p, int64_t unit) {
   }
 }
 
-template <typename T>
-void forward_units(const WindowParams& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) forward_unit<T>(p, unit);
+template <void (*run)(const WindowParams&, int64_t unit)>
+void each(const WindowParams& p, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) run(p, unit);
 }
-TOKCORE_BY_STORAGE(forward, WindowParams, forward_units<T>)
+TOKCORE_BY_STORAGE(forward, WindowParams, each<forward_unit<T>>)
 
 // ---- backward ---------------------------------------------------------------------------------
 
@@ -344,9 +252,9 @@ void query_gradient_unit(const WindowParams& p, int64_t unit) {
     for (int64_t r = 0; r < rows; ++r) {
       const Range& range = columns.ranges[r];
       if (Range::is_empty(range)) continue;
-      fill_outside(weight + r * kColumns, range, -std::numeric_limits<S>::infinity());
-      fill_outside(slope + r * kColumns, range, S(0));
-      delta[r] += weighted_slopes(weight + r * kColumns, slope + r * kColumns, lse[r]);
+      fill_outside<kColumns>(weight + r * kColumns, range, -std::numeric_limits<S>::infinity());
+      fill_outside<kColumns>(slope + r * kColumns, range, S(0));
+      delta[r] += weighted_slopes<kColumns>(weight + r * kColumns, slope + r * kColumns, lse[r]);
     }
     tile_combine<kColumns>(slope, columns.ranges, rows, tile, width, sloped);
     tile_combine<kColumns>(weight, columns.ranges, rows, tile, width, mean);
@@ -388,13 +296,13 @@ TOKCORE_INLINE void add_key_gradients(const WindowParams& p, const Keys& keys, C
     tile_scores<kColumns>(x, width, columns.ranges, keys.count, turned, width, weight);
     for (int64_t r = 0; r < keys.count; ++r)
       if (!Range::is_empty(columns.ranges[r]))
-        centered_slopes(weight + r * kColumns, slope + r * kColumns, lse, delta);
+        centered_slopes<kColumns>(weight + r * kColumns, slope + r * kColumns, lse, delta);
     tile_combine<kColumns>(slope, columns.ranges, keys.count, tile, width, grad_key);
     tile_combine<kColumns>(weight, columns.ranges, keys.count, tile_up, width, grad_value);
   });
 }
 
-// Unit of a KV head: (b, h, first of its tile).
+// The tile of a unit of which a KV head has `of_head` entries.
 TOKCORE_INLINE Keys keys_of(const WindowParams& p, int64_t unit, int64_t of_head, bool beyond) {
   const int64_t tiles = (of_head + kRows - 1) / kRows, head = unit / tiles;
   Keys keys;
@@ -406,7 +314,7 @@ TOKCORE_INLINE Keys keys_of(const WindowParams& p, int64_t unit, int64_t of_head
   return keys;
 }
 
-// Units without a copy: what listed tokens get from the queries beyond their windows.
+// What listed tokens get from the queries beyond their windows.
 template <typename T>
 void listed_gradient_unit(const WindowParams& p, int64_t unit) {
   using S = Acc<T>;
@@ -453,21 +361,9 @@ void key_gradient_unit(const WindowParams& p, int64_t unit) {
   }
 }
 
-template <typename T>
-void query_gradient_units(const WindowParams& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) query_gradient_unit<T>(p, unit);
-}
-template <typename T>
-void listed_gradient_units(const WindowParams& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) listed_gradient_unit<T>(p, unit);
-}
-template <typename T>
-void key_gradient_units(const WindowParams& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) key_gradient_unit<T>(p, unit);
-}
-TOKCORE_BY_STORAGE(query_gradients, WindowParams, query_gradient_units<T>)
-TOKCORE_BY_STORAGE(listed_gradients, WindowParams, listed_gradient_units<T>)
-TOKCORE_BY_STORAGE(key_gradients, WindowParams, key_gradient_units<T>)
+TOKCORE_BY_STORAGE(query_gradients, WindowParams, each<query_gradient_unit<T>>)
+TOKCORE_BY_STORAGE(listed_gradients, WindowParams, each<listed_gradient_unit<T>>)
+TOKCORE_BY_STORAGE(key_gradients, WindowParams, each<key_gradient_unit<T>>)
 
 }  // namespace
 

@@ -9,70 +9,10 @@
 #include "common/sparse_window_attention_call.h"
 #include "cuda/launch.h"
 #include "cuda/primitives/dispatch.h"
-#include "cuda/primitives/vocabulary.cuh"
+#include "cuda/primitives/tiles.cuh"
 
 namespace tokcore {
 namespace {
-
-constexpr int kThreads = 128, kWarps = kThreads / kWarpThreads;
-
-// kDim: entries of a row, rounded up.
-template <typename T, int dim>
-struct Tiles {
-  using Scalar = T;
-  using acc_t = Acc<T>;
-  static constexpr int kDim = dim;
-  // Four tiles of doubles and two of pairs fit into what sm_80 has (163 KB).
-  static constexpr int kSide = kDim <= 128 ? 32 : 16;
-  static constexpr int kStride = kDim + 1;       // so that rows begin in different banks
-  static constexpr int kPairStride = kSide + 1;  // the same
-  static constexpr int kEntries = kSide * kStride, kPairs = kSide * kPairStride;
-  static constexpr int kRows = kSide / kWarps;      // of a warp: warp, warp + kWarps, ...
-  static constexpr int kPer = kDim / kWarpThreads;  // entries of a row in each lane
-  static constexpr int kAcross = 8, kDown = kThreads / kAcross;  // threads over a tile of pairs
-  static_assert(kDim % kWarpThreads == 0 && kSide <= kWarpThreads && kSide % kDown == 0);
-  static_assert((4 * kEntries + 2 * kPairs) * sizeof(acc_t) <= 163 * 1024);
-
-  static constexpr size_t bytes(int tiles, int pairs) {
-    return (tiles * kEntries + pairs * kPairs) * sizeof(acc_t);
-  }
-  // Tile `i` of those at the beginning; tile of pairs `i` behind `tiles` of them.
-  __device__ __forceinline__ static Shared<acc_t> tile(int i) {
-    return dynamic_shared<acc_t>(kEntries, i * kEntries * sizeof(acc_t));
-  }
-  __device__ __forceinline__ static Shared<acc_t> pairs(int tiles, int i) {
-    return dynamic_shared<acc_t>(kPairs, (tiles * kEntries + i * kPairs) * sizeof(acc_t));
-  }
-
-  struct Sums {
-    acc_t of[kRows][kPer] = {};
-  };
-};
-
-__device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarpThreads; }
-// A compiler that does not know that all lanes agree spills registers around shuffles.
-__device__ __forceinline__ int warp() {
-  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
-}
-
-template <typename acc_t>
-__device__ __forceinline__ acc_t warp_sum(acc_t x) {
-#pragma unroll
-  for (int lanes = kWarpThreads / 2; lanes > 0; lanes /= 2)
-    x += __shfl_xor_sync(kWholeWarp, x, lanes);
-  return x;
-}
-// A NaN gives way.
-template <typename acc_t>
-__device__ __forceinline__ acc_t warp_max(acc_t x) {
-  x = x == x ? x : -kInfinity<acc_t>;
-#pragma unroll
-  for (int lanes = kWarpThreads / 2; lanes > 0; lanes /= 2) {
-    const acc_t other = __shfl_xor_sync(kWholeWarp, x, lanes);
-    x = other > x ? other : x;
-  }
-  return x;
-}
 
 // ---- pairs ------------------------------------------------------------------------------------
 
@@ -117,99 +57,6 @@ __device__ __forceinline__ int64_t key_at(const WindowTensors& p, const List& li
   return at < p.keys ? at : p.keys;
 }
 
-// Rows `row_of(i)` of a tensor, times a factor; zeros where there is none (-1).
-template <typename Tile, typename RowOf>
-__device__ __forceinline__ void load_tile(const void* tensor, int64_t dim,
-                                          typename Tile::acc_t factor, const RowOf& row_of,
-                                          Shared<typename Tile::acc_t> tile) {
-  using acc_t = typename Tile::acc_t;
-  for (int e = threadIdx.x; e < Tile::kSide * Tile::kDim; e += kThreads) {
-    const int i = e / Tile::kDim, d = e % Tile::kDim;
-    const int64_t row = row_of(i);
-    const bool is = row >= 0 && d < dim;
-    tile[i * Tile::kStride + d] =
-        is ? acc_t(static_cast<const typename Tile::Scalar*>(tensor)[row * dim + d]) * factor
-           : acc_t(0);
-  }
-}
-
-// out(i, j) = x(i) . y(j)
-template <typename Tile>
-__device__ __forceinline__ void multiply(Shared<typename Tile::acc_t> x,
-                                         Shared<typename Tile::acc_t> y, int dim,
-                                         Shared<typename Tile::acc_t> out) {
-  using acc_t = typename Tile::acc_t;
-  constexpr int kRows = Tile::kSide / Tile::kDown, kColumns = Tile::kSide / Tile::kAcross;
-  const int row = int(threadIdx.x) / Tile::kAcross, column = int(threadIdx.x) % Tile::kAcross;
-  acc_t sums[kRows][kColumns] = {};
-  for (int d = 0; d < dim; ++d) {
-    acc_t of_row[kRows], of_column[kColumns];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) of_row[r] = x[(row + r * Tile::kDown) * Tile::kStride + d];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      of_column[c] = y[(column + c * Tile::kAcross) * Tile::kStride + d];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) sums[r][c] += of_row[r] * of_column[c];
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      out[(row + r * Tile::kDown) * Tile::kPairStride + column + c * Tile::kAcross] = sums[r][c];
-}
-
-// sums(i) += weight(i, j) y(j) of the rows of this warp, over the columns that each of them sees.
-template <typename Tile>
-__device__ __forceinline__ void combine(const unsigned (&seen)[Tile::kRows],
-                                        Shared<typename Tile::acc_t> weight,
-                                        Shared<typename Tile::acc_t> y, int warp,
-                                        typename Tile::Sums& sums) {
-  using acc_t = typename Tile::acc_t;
-  unsigned by_all = kWholeWarp;
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) by_all &= seen[r];
-  if (by_all == kWholeWarp >> (kWarpThreads - Tile::kSide)) {
-    for (int j = 0; j < Tile::kSide; ++j) {
-      acc_t entries[Tile::kPer];
-#pragma unroll
-      for (int c = 0; c < Tile::kPer; ++c)
-        entries[c] = y[j * Tile::kStride + lane() + c * kWarpThreads];
-#pragma unroll
-      for (int r = 0; r < Tile::kRows; ++r) {
-        const acc_t w = weight[(warp + r * kWarps) * Tile::kPairStride + j];
-#pragma unroll
-        for (int c = 0; c < Tile::kPer; ++c) sums.of[r][c] += w * entries[c];
-      }
-    }
-    return;
-  }
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r)
-    for (unsigned left = seen[r]; left != 0; left &= left - 1) {
-      const int j = __ffs(left) - 1;
-      const acc_t w = weight[(warp + r * kWarps) * Tile::kPairStride + j];
-#pragma unroll
-      for (int c = 0; c < Tile::kPer; ++c)
-        sums.of[r][c] += w * acc_t(y[j * Tile::kStride + lane() + c * kWarpThreads]);
-    }
-}
-
-// A row of this warp, times a factor.
-template <typename Tile, typename out_t>
-__device__ __forceinline__ void store_row(const typename Tile::Sums& sums, int r,
-                                          typename Tile::acc_t factor, void* tensor, int64_t row,
-                                          int64_t dim) {
-#pragma unroll
-  for (int c = 0; c < Tile::kPer; ++c) {
-    const int64_t d = lane() + c * kWarpThreads;
-    if (d < dim)
-      static_cast<out_t*>(tensor)[row * dim + d] = static_cast<out_t>(sums.of[r][c] * factor);
-  }
-}
-
 // ---- lists ------------------------------------------------------------------------------------
 
 // counts: a warp for each list.
@@ -218,7 +65,7 @@ __global__ void __launch_bounds__(kWarpThreads) window_lists_kernel(WindowTensor
     const int32_t* const tokens = p.index + list * p.listed;
     int count = 0;
     bool good = true;
-    for (int64_t m = lane(); m < p.listed; m += kWarpThreads) {
+    for (int64_t m = lane_of_thread(); m < p.listed; m += kWarpThreads) {
       const int32_t token = tokens[m], previous = m == 0 ? -2 : tokens[m - 1];
       good = good && token >= -1 && token < p.keys &&
              (token == -1 || previous == -2 || (previous >= 0 && previous < token));
@@ -228,14 +75,14 @@ __global__ void __launch_bounds__(kWarpThreads) window_lists_kernel(WindowTensor
 #pragma unroll
     for (int lanes = kWarpThreads / 2; lanes > 0; lanes /= 2)
       count += __shfl_xor_sync(kWholeWarp, count, lanes);
-    if (lane() == 0) const_cast<int32_t*>(p.counts)[list] = good ? count : -1;
+    if (lane_of_thread() == 0) const_cast<int32_t*>(p.counts)[list] = good ? count : -1;
   }
 }
 
 // ---- queries: the output, or their gradients --------------------------------------------------
 
 template <typename Tile, bool kBackward>
-__global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p) {
+__global__ void __launch_bounds__(kTileThreads) window_query_kernel(WindowTensors p) {
   using T = typename Tile::Scalar;
   using acc_t = typename Tile::acc_t;
   constexpr int kTiles = kBackward ? 4 : 3;
@@ -243,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p)
   const Shared<acc_t> up = Tile::tile(kTiles - 1);  // of the backward only
   const Shared<acc_t> weight = Tile::pairs(kTiles, 0);
   const Shared<acc_t> slope = Tile::pairs(kTiles, kBackward ? 1 : 0);  // of the backward only
-  const int own = warp(), dim = int(p.dim);
+  const int own = warp_of_thread(), dim = int(p.dim);
   const acc_t scale = acc_t(p.scale);
   const int64_t tiles = (p.queries + Tile::kSide - 1) / Tile::kSide;
   for (int64_t unit = blockIdx.x; unit < p.batch * p.heads * tiles; unit += gridDim.x) {
@@ -263,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p)
     acc_t top[Tile::kRows], total[Tile::kRows];
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      const int64_t row = row_of(own + r * kWarps);
+      const int64_t row = row_of(own + r * kTileWarps);
       top[r] = !kBackward ? -kInfinity<acc_t>
                : row >= 0 ? static_cast<const acc_t*>(p.lse)[row]
                           : acc_t(0);
@@ -292,11 +139,13 @@ __global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p)
       if (kBackward) multiply<Tile>(up, value, dim, slope);
       // The products are written.
       __syncthreads();
-      const int64_t column = lane() < Tile::kSide ? key_at(p, list, beyond, first, lane()) : p.keys;
+      const int64_t column = lane_of_thread() < Tile::kSide
+                                 ? key_at(p, list, beyond, first, lane_of_thread())
+                                 : p.keys;
       unsigned seen[Tile::kRows];
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
-        const int i = own + r * kWarps, pair = i * Tile::kPairStride + lane();
+        const int i = own + r * kTileWarps, pair = i * Tile::kPairStride + lane_of_thread();
         const int64_t position = t + i < end ? p.offset() + t + i : kNoQuery;
         const bool sees_it = sees(p, position, column, beyond);
         seen[r] = __ballot_sync(kWholeWarp, sees_it);
@@ -332,17 +181,18 @@ __global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p)
     }
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      const int64_t row = row_of(own + r * kWarps);
+      const int64_t row = row_of(own + r * kTileWarps);
       if (row < 0) continue;
       const acc_t nan_or_1 = list.count < 0 ? kNaN<acc_t> : acc_t(1);
       if (kBackward) {
 #pragma unroll
         for (int c = 0; c < Tile::kPer; ++c) sums.of[r][c] -= total[r] * mean.of[r][c];
         store_row<Tile, T>(sums, r, scale * nan_or_1, p.grad_query, row, p.dim);
-        if (lane() == 0) static_cast<acc_t*>(p.delta)[row] = total[r];
+        if (lane_of_thread() == 0) static_cast<acc_t*>(p.delta)[row] = total[r];
       } else {
         store_row<Tile, T>(sums, r, nan_or_1 / total[r], p.output, row, p.dim);
-        if (lane() == 0) static_cast<acc_t*>(p.lse)[row] = nan_or_1 * (top[r] + std::log(total[r]));
+        if (lane_of_thread() == 0)
+          static_cast<acc_t*>(p.lse)[row] = nan_or_1 * (top[r] + std::log(total[r]));
       }
     }
   }
@@ -353,13 +203,13 @@ __global__ void __launch_bounds__(kThreads) window_query_kernel(WindowTensors p)
 // kListed: those of listed tokens from the queries beyond their windows, kept apart. Otherwise
 // those of all keys, from the queries in their windows and what was kept.
 template <typename Tile, bool kListed>
-__global__ void __launch_bounds__(kThreads) window_key_kernel(WindowTensors p) {
+__global__ void __launch_bounds__(kTileThreads) window_key_kernel(WindowTensors p) {
   using T = typename Tile::Scalar;
   using acc_t = typename Tile::acc_t;
   const Shared<acc_t> x = Tile::tile(0), x_up = Tile::tile(1), y = Tile::tile(2),
                       y_up = Tile::tile(3);
   const Shared<acc_t> weight = Tile::pairs(4, 0), slope = Tile::pairs(4, 1);
-  const int own = warp(), dim = int(p.dim);
+  const int own = warp_of_thread(), dim = int(p.dim);
   const int64_t count = kListed ? p.listed : p.keys;
   const int64_t tiles = (count + Tile::kSide - 1) / Tile::kSide;
   for (int64_t unit = blockIdx.x; unit < p.batch * p.key_heads * tiles; unit += gridDim.x) {
@@ -379,12 +229,12 @@ __global__ void __launch_bounds__(kThreads) window_key_kernel(WindowTensors p) {
     if (!kListed && list.count > 0) {
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
-        const int64_t at = key_of(own + r * kWarps), m = list.before(at);
+        const int64_t at = key_of(own + r * kTileWarps), m = list.before(at);
         if (m == list.count || list.tokens[m] != at) continue;
         const int64_t row = p.listed_row(b, h, m) * p.dim;
 #pragma unroll
         for (int c = 0; c < Tile::kPer; ++c) {
-          const int64_t d = lane() + c * kWarpThreads;
+          const int64_t d = lane_of_thread() + c * kWarpThreads;
           if (d >= p.dim) continue;
           grad_key.of[r][c] = static_cast<const acc_t*>(p.listed_grad_key)[row + d];
           grad_value.of[r][c] = static_cast<const acc_t*>(p.listed_grad_value)[row + d];
@@ -414,14 +264,15 @@ __global__ void __launch_bounds__(kThreads) window_key_kernel(WindowTensors p) {
         multiply<Tile>(x_up, y_up, dim, slope);
         // The products are written.
         __syncthreads();
-        const int64_t column = lane() < Tile::kSide ? query_row_of(lane()) : int64_t(-1);
-        const int64_t position = column >= 0 ? p.offset() + t + lane() : kNoQuery;
+        const int64_t column =
+            lane_of_thread() < Tile::kSide ? query_row_of(lane_of_thread()) : int64_t(-1);
+        const int64_t position = column >= 0 ? p.offset() + t + lane_of_thread() : kNoQuery;
         const acc_t lse = column >= 0 ? static_cast<const acc_t*>(p.lse)[column] : acc_t(0);
         const acc_t delta = column >= 0 ? static_cast<const acc_t*>(p.delta)[column] : acc_t(0);
         unsigned seen[Tile::kRows];
 #pragma unroll
         for (int r = 0; r < Tile::kRows; ++r) {
-          const int i = own + r * kWarps, pair = i * Tile::kPairStride + lane();
+          const int i = own + r * kTileWarps, pair = i * Tile::kPairStride + lane_of_thread();
           const bool is_seen = sees(p, position, key_of(i), kListed);
           seen[r] = __ballot_sync(kWholeWarp, is_seen);
           if (!is_seen) continue;
@@ -436,7 +287,7 @@ __global__ void __launch_bounds__(kThreads) window_key_kernel(WindowTensors p) {
       }
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      const int i = own + r * kWarps;
+      const int i = own + r * kTileWarps;
       if (kListed) {
         if (i >= here) continue;
         const int64_t row = p.listed_row(b, h, first + i);
@@ -493,7 +344,7 @@ WindowOutputs sparse_window_attention_cuda(const Tensor& query, const Tensor& ke
   p.lse = lse.mutable_data_ptr();
   dispatch_tiles(call, [&](auto tiles) {
     using Tile = decltype(tiles);
-    launch(dim3(blocks_of<Tile::kSide>(p.batch * p.heads, p.queries)), dim3(kThreads),
+    launch(dim3(blocks_of<Tile::kSide>(p.batch * p.heads, p.queries)), dim3(kTileThreads),
            Tile::bytes(3, 1), current_stream(query), window_query_kernel<Tile, false>, p);
   });
   return {output, lse};
@@ -524,12 +375,12 @@ WindowGradients sparse_window_attention_backward_cuda(
     using Tile = decltype(tiles);
     const auto stream = current_stream(query);
     const int64_t heads = p.batch * p.key_heads;
-    launch(dim3(blocks_of<Tile::kSide>(p.batch * p.heads, p.queries)), dim3(kThreads),
+    launch(dim3(blocks_of<Tile::kSide>(p.batch * p.heads, p.queries)), dim3(kTileThreads),
            Tile::bytes(4, 2), stream, window_query_kernel<Tile, true>, p);
-    launch(dim3(blocks_of<Tile::kSide>(heads, p.listed)), dim3(kThreads), Tile::bytes(4, 2), stream,
-           window_key_kernel<Tile, true>, p);
-    launch(dim3(blocks_of<Tile::kSide>(heads, p.keys)), dim3(kThreads), Tile::bytes(4, 2), stream,
-           window_key_kernel<Tile, false>, p);
+    launch(dim3(blocks_of<Tile::kSide>(heads, p.listed)), dim3(kTileThreads), Tile::bytes(4, 2),
+           stream, window_key_kernel<Tile, true>, p);
+    launch(dim3(blocks_of<Tile::kSide>(heads, p.keys)), dim3(kTileThreads), Tile::bytes(4, 2),
+           stream, window_key_kernel<Tile, false>, p);
   });
   return {grad_query, grad_key, grad_value};
 }

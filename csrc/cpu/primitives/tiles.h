@@ -8,6 +8,40 @@
 namespace tokcore {
 namespace TOKCORE_ISA {
 
+// ---- memory -------------------------------------------------------------------------------------
+
+// Arrays from one piece of memory, each at the beginning of a line.
+struct Carver {
+  char* next;
+  template <typename E>
+  __attribute__((always_inline)) E* take(int64_t entries) {
+    constexpr uintptr_t kLine = 64;
+    char* const taken = next + (kLine - reinterpret_cast<uintptr_t>(next) % kLine) % kLine;
+    next = taken + entries * int64_t(sizeof(E));
+    return reinterpret_cast<E*>(taken);
+  }
+};
+
+template <typename S>
+TOKCORE_INLINE void fill(S* x, int64_t n, S value) {
+  for (int64_t i = 0; i < n; ++i) x[i] = value;
+}
+
+// A row of a tensor as the accumulation type, times a factor.
+template <typename T>
+TOKCORE_INLINE void unpack_row(const void* tensor, int64_t row, int64_t dim, int64_t width,
+                               Acc<T> factor, Acc<T>* out) {
+  using V = Vec<Acc<T>>;
+  unpack(static_cast<const T*>(tensor) + row * dim, dim, out);
+  V a, b;
+  for (int64_t d = 0; factor != Acc<T>(1) && d < width; d += kUnit<Acc<T>>) {
+    load2(out + d, a, b);
+    store2(out + d, a * V::all(factor), b * V::all(factor));
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
 // Rows whose sums stay in registers together, in two vectors each.
 #if defined(TOKCORE_ISA_AVX512)
 constexpr int kRowsTogether = 8;
@@ -97,6 +131,70 @@ template <int64_t kColumns, typename S>
 static void tile_transpose(const S* y, int64_t width, S* out) {
   for (int64_t d = 0; d < width; ++d)
     for (int64_t j = 0; j < kColumns; ++j) out[d * kColumns + j] = y[j * width + d];
+}
+
+// ---- a row of scores ----------------------------------------------------------------------------
+
+// What the row does not take.
+template <int64_t kColumns, typename S>
+TOKCORE_INLINE void fill_outside(S* x, const Range& range, S value) {
+  fill(x, range.begin, value);
+  fill(x + range.end, kColumns - range.end, value);
+}
+
+// Scores become exponentials above `max`; their sum.
+template <int64_t kColumns, typename S>
+TOKCORE_INLINE S exponentials(S* x, S max) {
+  using V = Vec<S>;
+  const V top = V::all(max), to_log2 = V::all(S(kLog2E));
+  V sum = V::all(0), a, b;
+  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
+    load2(x + j, a, b);
+    a = exp2((a - top) * to_log2);
+    b = exp2((b - top) * to_log2);
+    sum = sum + (a + b);
+    store2(x + j, a, b);
+  }
+  return reduce_add(sum);
+}
+
+// x becomes exp(x - lse), and slope times that what it becomes; its sum.
+template <int64_t kColumns, typename S>
+TOKCORE_INLINE S weighted_slopes(S* x, S* slope, S lse) {
+  using V = Vec<S>;
+  const V of_sum = V::all(lse), to_log2 = V::all(S(kLog2E));
+  V sum = V::all(0), a, b, slope_a, slope_b;
+  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
+    load2(x + j, a, b);
+    load2(slope + j, slope_a, slope_b);
+    a = exp2((a - of_sum) * to_log2);
+    b = exp2((b - of_sum) * to_log2);
+    slope_a = slope_a * a;
+    slope_b = slope_b * b;
+    sum = sum + (slope_a + slope_b);
+    store2(x + j, a, b);
+    store2(slope + j, slope_a, slope_b);
+  }
+  return reduce_add(sum);
+}
+
+// The same with lse and delta of each column: slope becomes weight times (slope - delta).
+template <int64_t kColumns, typename S>
+TOKCORE_INLINE void centered_slopes(S* x, S* slope, const S* lse, const S* delta) {
+  using V = Vec<S>;
+  const V to_log2 = V::all(S(kLog2E));
+  V a, b, c, d;
+  for (int64_t j = 0; j < kColumns; j += kUnit<S>) {
+    load2(x + j, a, b);
+    load2(lse + j, c, d);
+    a = exp2((a - c) * to_log2);
+    b = exp2((b - d) * to_log2);
+    store2(x + j, a, b);
+    load2(delta + j, c, d);
+    V slope_a, slope_b;
+    load2(slope + j, slope_a, slope_b);
+    store2(slope + j, a * (slope_a - c), b * (slope_b - d));
+  }
 }
 
 }  // namespace TOKCORE_ISA
