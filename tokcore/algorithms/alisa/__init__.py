@@ -1,4 +1,12 @@
-"""ALISA, sparse window attention and its three-phase schedule (arXiv 2403.17312)."""
+"""ALISA, sparse window attention (arXiv 2403.17312, ISCA 2024), and its relatives on one state.
+
+A policy says which tokens a decode step reads (policy); the state of a layer holds keys, values and
+scores, and drops what can never be read again (state). `tokcore.integrations.transformers` puts
+them under `generate`.
+
+The paper's three-phase schedule over two tiers of memory stands apart: where a token lies
+(schedule), what that costs (cost), which plan is best (solve), and a store that keeps it (tiers).
+"""
 
 from tokcore.algorithms.alisa.cost import (
     Costs,
@@ -9,6 +17,16 @@ from tokcore.algorithms.alisa.cost import (
     costs,
     memory,
     profile,
+)
+from tokcore.algorithms.alisa.policy import (
+    Policy,
+    alisa,
+    dense,
+    h2o,
+    local_window,
+    streaming_llm,
+    strided,
+    tova,
 )
 from tokcore.algorithms.alisa.schedule import (
     NEVER,
@@ -27,6 +45,7 @@ from tokcore.algorithms.alisa.schedule import (
     steps,
 )
 from tokcore.algorithms.alisa.solve import Solution, analytic_plan, solve, solve_exhaustively
+from tokcore.algorithms.alisa.state import LayerState
 from tokcore.algorithms.alisa.tiers import Gathered, Traffic, TwoTierStore
 
 __all__ = [
@@ -35,11 +54,13 @@ __all__ = [
     "Capacity",
     "Costs",
     "Gathered",
+    "LayerState",
     "Loaded",
     "Machine",
     "Memory",
     "Placement",
     "Plan",
+    "Policy",
     "Profile",
     "RowSchedule",
     "Shape",
@@ -48,10 +69,14 @@ __all__ = [
     "Stored",
     "Traffic",
     "TwoTierStore",
+    "alisa",
     "analytic_plan",
     "capacity",
     "costs",
+    "dense",
+    "h2o",
     "half_budget",
+    "local_window",
     "memory",
     "place",
     "place_all",
@@ -59,4 +84,7 @@ __all__ = [
     "solve",
     "solve_exhaustively",
     "steps",
+    "streaming_llm",
+    "strided",
+    "tova",
 ]
