@@ -33,6 +33,10 @@ _MARK = "_tokcore_layer"
 _PADDING = "_tokcore_padding"
 _last_update = threading.local()
 
+outside_of_graphs = partial(
+    torch.compiler.disable, reason="SparseWindowCache runs outside of compiled graphs"
+)
+
 
 class SparseWindowCache(Cache):
     """A KV cache of which each decode step reads a part, chosen anew from the last steps' weights.
@@ -102,6 +106,9 @@ class SparseWindowCache(Cache):
             policies = [make(one) for one in ratios]
         else:
             policies = _for_each("policy", policy, config.num_hidden_layers)
+            for one in policies:
+                if not isinstance(one, Policy):
+                    raise TypeError(f"SparseWindowCache: policy must be a Policy, got {one!r}")
         policies[:dense_layers] = [dense()] * dense_layers
         if len(layers) != len(policies):
             raise NotImplementedError(
@@ -158,12 +165,9 @@ class SparseWindowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @outside_of_graphs
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes new keys and values; the attention function knows the padding and stores them."""
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "SparseWindowCache: torch.compile of the model is not supported"
-            )
         if self.pending is not None:
             raise RuntimeError(
                 f"SparseWindowCache: layer {self.layer_idx} got new keys before the attention to "
@@ -179,10 +183,14 @@ class SparseWindowLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, scale: float | None, padding: "_Padding | None") -> Tensor:
         (key, value), self.pending = self.pending, None
-        valid = None if padding is None else padding.valid(query.shape[2])
-        if query.shape[2] > 1 and padding is not None:
-            padding.check_lengths(self.state.length, valid, query.shape[2])
-        return self.state.attend(query, key, value, valid=valid, scale=scale)
+        valid = order = None
+        if padding is not None and padding.mask is not None:
+            valid, order = padding.of_last(query.shape[2], self.state.length)
+        if order is None:
+            return self.state.attend(query, key, value, valid=valid, scale=scale)
+        query, key, value = (_along(order, x) for x in (query, key, value))
+        output = self.state.attend(query, key, value, valid=valid, scale=scale)
+        return _along(order.argsort(1), output)
 
     def get_seq_length(self) -> int:
         return self.state.seen + (0 if self.pending is None else self.pending[0].shape[2])
@@ -229,47 +237,48 @@ class SparseWindowLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def _along(order: Tensor, x: Tensor) -> Tensor:
+    """x (B, H, Q, D) with the tokens of each sequence in the order (B, Q)."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 class _Padding:
     """The 2D attention mask of one forward pass, and how to make transformers' own mask of it."""
 
     def __init__(self, mask: Tensor | None, columns: int, build):
         self.mask, self.columns, self.build = mask, columns, build
-        self._valid, self._counted = None, False
+        self._of_last: tuple[Tensor | None, Tensor | None] | None = None
         self._stock: tuple[Tensor | None] | None = None
 
-    def valid(self, tokens: int) -> Tensor | None:
-        """How many of the last tokens are real, (B,) int32; None where all are."""
-        if self.mask is None:
-            return None
-        if not self._counted:
-            self._valid, self._counted = self._count(tokens), True
-        return self._valid
+    def of_last(self, tokens: int, length: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """How many of the last tokens are real, (B,), and their order (B, Q) with padding first.
 
-    def _count(self, tokens: int) -> Tensor | None:
+        None where all are, and where the order is that already. Found once for all layers.
+        """
+        if self._of_last is None:
+            self._of_last = self._find(tokens, length)
+        return self._of_last
+
+    def _find(self, tokens: int, length: Tensor | None):
         if self.mask.shape[1] != self.columns:
             raise ValueError(
                 f"SparseWindowCache: attention_mask must have {self.columns} columns, those of the "
                 f"cache and the new ones, got {self.mask.shape[1]}"
             )
-        chunk = self.mask[:, -tokens:]
-        if bool(chunk.all()):  # waits for the device, once for all layers
-            return None
-        if tokens > 1 and bool((chunk[:, 1:] < chunk[:, :-1]).any()):
-            raise ValueError(
-                "SparseWindowCache: attention_mask must be left-padded, got padding after a token"
-            )
-        return chunk.sum(1, dtype=torch.int32)
-
-    def check_lengths(self, before: Tensor | None, valid: Tensor | None, tokens: int) -> None:
-        """What is masked must be what was masked when it was appended."""
-        if self.mask is None or before is None:
-            return
-        if not torch.equal(self.mask[:, :-tokens].sum(1, dtype=torch.int32), before):
-            raise ValueError(
-                "SparseWindowCache: attention_mask must keep its values for the tokens in the "
-                f"cache, got {self.mask[:, :-tokens].sum(1).tolist()} of them where it has "
-                f"{before.tolist()}"
-            )
+        before, chunk = self.mask.split([self.columns - tokens, tokens], 1)
+        if tokens > 1 and length is not None:  # not of each decode step: it waits for the device
+            real = before.sum(1, dtype=torch.int32)
+            if not torch.equal(real, length):
+                raise ValueError(
+                    "SparseWindowCache: attention_mask must keep its values for the tokens in the "
+                    f"cache, got {real.tolist()} of them where {length.tolist()} are kept"
+                )
+        if bool(chunk.all()):
+            return None, None
+        valid = chunk.sum(1, dtype=torch.int32)
+        if bool((chunk[:, 1:] >= chunk[:, :-1]).all()):
+            return valid, None
+        return valid, chunk.long().argsort(dim=1, stable=True)
 
     def stock(self) -> Tensor | None:
         if self._stock is None:
@@ -277,6 +286,7 @@ class _Padding:
         return self._stock[0]
 
 
+@outside_of_graphs
 def _mask(
     *, kv_length, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **rest
 ):
@@ -300,6 +310,7 @@ def _mask(
     return columns
 
 
+@outside_of_graphs
 def _attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[Tensor, None]:
