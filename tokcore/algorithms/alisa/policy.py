@@ -41,33 +41,43 @@ class Policy:
     def is_dense(self) -> bool:
         return self.local is None
 
-    def amounts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """local and top of rows (B,) int32 with so many tokens each, as (B,) int32."""
-        local = _amount(self.local, tokens).clamp(min=1).minimum(tokens)
+    def amounts(self, tokens: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+        """local and top for so many tokens: an int, or (B,) int32 for as many sequences."""
+        local = _least(_most(_amount(self.local, tokens), 1), tokens)
         if self.stride:
-            top = (tokens - local + self.stride - 1) // self.stride
-        else:
-            top = (_amount(self.top, tokens) - self.sinks).clamp(min=0).minimum(tokens - local)
-        return local, top
+            return local, (tokens - local + self.stride - 1) // self.stride
+        top = _most(_amount(self.top, tokens) - self.sinks, 0)
+        return local, _least(top, tokens - local)
 
-    def rows(self, tokens: Tensor) -> Tensor:
-        """Rows in the score of a step with so many tokens, (B,) int32; 0 where all rows are."""
+    def rows(self, tokens: Tensor | int) -> Tensor | int:
+        """Rows in the score of a step with so many tokens; 0 where all rows are."""
         if self.window is None:
-            return _amount(self.top, tokens).clamp(min=1)
-        return torch.full_like(tokens, self.window)
+            return _most(_amount(self.top, tokens), 1)
+        return _amount(self.window, tokens)
 
-    def horizon(self, tokens: Tensor) -> Tensor:
-        """Steps without selection after which a token is dropped, (B,) int32."""
+    def horizon(self, tokens: Tensor | int) -> Tensor | int:
+        """Steps without selection after which a token is dropped."""
         if self.permanent:
-            return torch.ones_like(tokens)
-        return self.rows(tokens).clamp(min=self.revival)
+            return _amount(1, tokens)
+        return _most(self.rows(tokens), self.revival)
 
 
-def _amount(amount: int | float, tokens: Tensor) -> Tensor:
-    if isinstance(amount, int):
-        return torch.full_like(tokens, amount)
+def _amount(amount: int | float, tokens: Tensor | int) -> Tensor | int:
+    whole = isinstance(amount, int)
     least = 1 if amount else 0
+    if isinstance(tokens, int):
+        return amount if whole else max(least, math.floor(tokens * amount + 0.5))
+    if whole:
+        return torch.full_like(tokens, amount)
     return (tokens.double() * amount + 0.5).floor().clamp(min=least).to(tokens.dtype)
+
+
+def _most(x: Tensor | int, bound: int) -> Tensor | int:
+    return max(x, bound) if isinstance(x, int) else x.clamp(min=bound)
+
+
+def _least(x: Tensor | int, bound: Tensor | int) -> Tensor | int:
+    return min(x, bound) if isinstance(x, int) else x.minimum(bound)
 
 
 def alisa(

@@ -1,8 +1,8 @@
-"""What one attention layer keeps of the tokens it has seen: explicit tensors, changed in place.
+"""The attention of one layer to a part of the tokens it has seen, chosen by a policy.
 
-Slots are packed and ascend in position. A decode step appends, selects, attends and adds its
-weights to the scores; what can never be selected again is dropped every `SLACK` steps, and only
-that waits for the device, to learn how many slots are left.
+A decode step appends, selects, attends and adds its weights to the scores; what can never be
+selected again is dropped every `SLACK` steps, and only that waits for the device, to learn how many
+slots are left.
 """
 
 import torch
@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokcore.algorithms.alisa.policy import Policy
+from tokcore.algorithms.alisa.slots import Slots
 from tokcore.ops import (
-    kv_append,
-    kv_compact,
     prompt_window_scores,
     sparse_decode_attention,
     window_scores_update,
@@ -20,40 +19,11 @@ from tokcore.ops import (
 )
 
 SLACK = 64  # decode steps between two compactions: that many dead slots at most
-QUANTIZATION_GROUP = 64  # channels of INT8 keys or values that share a scale
 SCORED_QUERIES = 64  # of a prompt, whose rows of weights are in memory at a time
 MASK_ELEMENTS = 1 << 24  # of the mask of one block of a prompt's queries
 
-# Tensors with a row for each sequence: what selecting, repeating and reordering rows acts on.
-ROWS = (
-    "key",
-    "value",
-    "key_quantization",
-    "value_quantization",
-    "position",
-    "count",
-    "score",
-    "ring",
-    "last_selected",
-    "oldest",
-    "length",
-    "index",
-    "selected",
-)
-# Tensors with a slot for each token, the dimension of the slots, and what is in a free one.
-SLOTS = {
-    "key": (2, 0),
-    "value": (2, 0),
-    "key_quantization": (2, 0),
-    "value_quantization": (2, 0),
-    "position": (2, -1),
-    "score": (2, 0),
-    "ring": (3, 0),
-    "last_selected": (2, -1),
-}
 
-
-class LayerState:
+class LayerState(Slots):
     """Keys, values and scores of one attention layer, of which each step reads what a policy says.
 
     Args:
@@ -64,16 +34,8 @@ class LayerState:
             for `alisa` and `dense`.
         int8: keep keys and values as INT8, with a scale for each token and 64 channels.
 
-    Attributes, None before the first token, of B sequences, H KV heads, Hs lists, C slots:
-        key, value: (B, H, C, D), uint8 with int8.
-        key_quantization, value_quantization: (B, H, C, Z, 2) float32 scale and offset, or None.
-        position: (B, Hs, C) int32, -1 in free slots; the token's place in its own sequence.
-        count: (B, Hs) int32 slots in use, [0, count).
-        score: (B, Hs, C) int64, weights in units of 2 ** -40; -1 where a token may not return.
-        ring: (B, Hs, R, C) float32, the row of step t in t % R.
-        last_selected: (B, Hs, C) int32. oldest, length: (B,) int32, the first step in the score
-            and the tokens of each sequence, padding not counted.
-        seen: columns appended, padding counted. slots: at least as many as any list has in use.
+    Its tensors are those of `Slots`, and of the last decode step index (B, Hs, M) int32, the slots
+    that it read, of which selected (B, Hs) count.
 
     >>> from tokcore.algorithms.alisa import alisa
     >>> state = LayerState(alisa(0.5))
@@ -90,32 +52,15 @@ class LayerState:
             raise ValueError(
                 "LayerState: evict must be True for a policy whose tokens never return, got False"
             )
-        self.policy, self.shared, self.int8 = policy, shared, int8
+        self.policy = policy
         self.evict = evict and not policy.is_dense
-        self.reset()
+        super().__init__(shared=shared, int8=int8)
 
     def reset(self) -> None:
         """Forgets everything; the next tokens may have another batch size, dtype or device."""
-        for name in ROWS:
-            setattr(self, name, None)
-        self.seen = self.slots = 0
+        super().reset()
         self._since_select = self._since_compact = self._since_chunk = 0
         self._settled = True
-        self._dtype = None
-
-    @property
-    def is_empty(self) -> bool:
-        return self.key is None
-
-    @property
-    def capacity(self) -> int:
-        return self.key.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors = [getattr(self, name) for name in ROWS]
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     # ---- tokens in, attention out -----------------------------------------------------------
 
@@ -152,10 +97,11 @@ class LayerState:
 
     def _decode(self, query, key, value, valid, scale) -> Tensor:
         selecting = self.index is None or self._since_select >= self.policy.reselect_every
-        if selecting and not self.is_empty and not self.policy.is_dense:
-            self._forget()
+        if selecting and self.evict and self._compaction_is_due():
+            self.compact()
+            self._settled = True
         idle = None if valid is None or self.seen == 0 else valid == 0
-        valid = self.append(key, value, valid)
+        valid = self.append(key, value, valid, rows=self._ring_rows(key.shape[2]))
         if self.policy.is_dense:
             index, count = None, self.count
         elif selecting:
@@ -182,10 +128,8 @@ class LayerState:
     def _prompt(self, query, key, value, valid, scale) -> Tensor:
         if self.evict and not self.is_empty:
             self.compact()  # what is read must not depend on when dead slots were dropped last
-        elif not self.is_empty and not self.policy.is_dense:
-            self.score.clamp_(min=0)  # all are read, so all may return
         first, padded = self.seen == 0, valid is not None
-        valid = self.append(key, value, valid)
+        valid = self.append(key, value, valid, rows=self._ring_rows(key.shape[2]))
         if first and not padded and not self.int8:
             output = F.scaled_dot_product_attention(
                 query,
@@ -204,42 +148,24 @@ class LayerState:
         self._settled = False
         return output
 
-    def append(self, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Puts the last valid[b] of Q tokens into the next slots; returns valid."""
-        batch, _, tokens, _ = key.shape
-        self._reserve(key, tokens)
-        if valid is None:
-            valid = torch.full((batch,), tokens, dtype=torch.int32, device=key.device)
-        kv_append(
-            self.key,
-            self.value,
-            self.position,
-            self.last_selected,
-            self.count,
-            key,
-            value,
-            self.length,
-            valid,
-            key_quantization=self.key_quantization,
-            value_quantization=self.value_quantization,
-        )
-        self.length += valid
-        self.seen += tokens
-        self.slots += tokens
-        return valid
-
     def select(self) -> tuple[Tensor, Tensor]:
         """The slots that this step reads, (B, Hs, M) int32 ascending, and how many, (B, Hs)."""
-        local, top = self.policy.amounts(self.length)
-        most = torch.tensor([self.seen], dtype=torch.int32)
-        size = int(sum(self.policy.amounts(most))) + self.policy.sinks
-        score = self.score
-        if self.policy.stride:
-            score = (self.position % self.policy.stride == 0).long()
-        index, self.selected = window_select(
-            score, self.count, local, top, size=size, sinks=self.policy.sinks
+        policy = self.policy
+        if policy.stride:
+            rank = (self.position % policy.stride == 0).long()
+        else:
+            # Not selected for so long: behind all that may return, whatever the score.
+            alive = self._tokens - 1 - policy.horizon(self._tokens)
+            if isinstance(alive, Tensor):
+                alive = alive.view(-1, 1, 1)
+            rank = self.score.masked_fill(self.last_selected < alive, -1)
+        local, top = policy.amounts(self._tokens)
+        size = sum(policy.amounts(self.seen)) + policy.sinks
+        self.index, self.selected = window_select(
+            rank, self.count, self._each(local), self._each(top), size=size, sinks=policy.sinks
         )
-        self.index = F.pad(index, (0, self.policy.reselect_every - 1), value=-1)
+        if policy.reselect_every > 1:
+            self.index = F.pad(self.index, (0, policy.reselect_every - 1), value=-1)
         self._since_select = 0
         return self.index, self.selected
 
@@ -256,7 +182,9 @@ class LayerState:
 
         Of the last but `after`, that is; idle (B,) are sequences that have no such steps.
         """
-        step = (self.length - 1 - after).clamp(min=-1)
+        step = self._each(self._tokens - 1 - after)
+        if self._ragged:
+            step = step.clamp(min=-1)
         written = self.score, self.ring, self.last_selected, self.oldest
         if idle is not None:
             step = torch.where(idle, self.oldest, step)  # what is done there is undone
@@ -267,7 +195,7 @@ class LayerState:
             index,
             count,
             step,
-            self.policy.rows(self.length + 1),
+            self._each(self.policy.rows(self._tokens + 1)),
         )
         if idle is not None:
             for x, rows_before in zip(written, before, strict=True):
@@ -275,41 +203,13 @@ class LayerState:
 
     def compact(self) -> None:
         """Drops the tokens that no later step can select, and the memory that this frees."""
-        kv_compact(
-            self.key,
-            self.value,
-            self.position,
-            self.score,
-            self.ring,
-            self.last_selected,
-            self.count,
-            self.length - self.policy.horizon(self.length + 1),
-            self.policy.amounts(self.length)[0],
+        self.keep(
+            self._tokens - self.policy.horizon(self._tokens + 1),
+            self.policy.amounts(self._tokens)[0],
             sinks=self.policy.sinks,
-            key_quantization=self.key_quantization,
-            value_quantization=self.value_quantization,
+            room=SLACK,
         )
-        self.slots = int(self.count.max())
-        if self.capacity > 2 * (self.slots + SLACK):
-            self._resize(_rounded(self.slots + SLACK))
-        self.index = self.selected = None
         self._since_compact = 0
-
-    # ---- rows of the batch ------------------------------------------------------------------
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keeps these sequences, in this order; indices may repeat."""
-        if not self.is_empty:
-            rows = rows.to(self.key.device)
-            for name in ROWS:
-                if getattr(self, name) is not None:
-                    setattr(self, name, getattr(self, name)[rows])
-
-    def repeat_rows(self, repeats: int) -> None:
-        """Each sequence so many times, one copy after the other."""
-        if not self.is_empty:
-            rows = torch.arange(self.key.shape[0], device=self.key.device)
-            self.select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, tokens: int) -> None:
         """Takes the last tokens back, in a dense layer: elsewhere they left traces."""
@@ -320,12 +220,7 @@ class LayerState:
                 f"LayerState: {tokens} tokens cannot be taken back, their weights are in the "
                 "scores and others were dropped for them; copy.deepcopy the cache before"
             )
-        self.seen -= tokens
-        self.slots -= tokens
-        self.length -= tokens
-        self.count -= tokens
-        free = torch.arange(self.capacity, device=self.key.device) >= self.count.unsqueeze(2)
-        self.position.masked_fill_(free, -1)
+        super().crop(tokens)
 
     # ---- parts ------------------------------------------------------------------------------
 
@@ -355,88 +250,21 @@ class LayerState:
         if self.is_empty:
             return
         kept = (self.key.shape[0], self.key.shape[1], self.key.shape[3])
-        if (batch, heads, dim) != kept or key.dtype != self._dtype:
+        if (batch, heads, dim) != kept or key.dtype != self.dtype:
             raise ValueError(
-                f"LayerState: key must be ({kept[0]}, {kept[1]}, Q, {kept[2]}) {self._dtype} as "
+                f"LayerState: key must be ({kept[0]}, {kept[1]}, Q, {kept[2]}) {self.dtype} as "
                 f"before, got {tuple(key.shape)} {key.dtype}; call reset() for another batch"
             )
 
-    def _reserve(self, key: Tensor, tokens: int) -> None:
-        """Room for so many more tokens, and for the rows of the window."""
-        if self.is_empty:
-            self._allocate(key, tokens)
-        slots = self.slots + tokens
-        most = torch.tensor([self.seen + tokens + 1], dtype=torch.int32)
-        rows = 0 if self.policy.is_dense else int(self.policy.rows(most))
-        if slots > self.capacity:
-            self._resize(_rounded(max(slots, self.capacity * 5 // 4)))
-        if rows > self.ring.shape[2]:
-            self._widen(max(rows, self.ring.shape[2] * 5 // 4))
-
-    def _allocate(self, key: Tensor, tokens: int) -> None:
-        batch, heads, _, dim = key.shape
-        slots = _rounded(tokens)
-        lists = 1 if self.shared else heads
-        self._dtype = key.dtype
-        int32 = {"dtype": torch.int32, "device": key.device}
-        stored = torch.uint8 if self.int8 else key.dtype
-        self.key = key.new_zeros((batch, heads, slots, dim), dtype=stored)
-        self.value = torch.zeros_like(self.key)
-        if self.int8:
-            groups = dim // QUANTIZATION_GROUP if dim % QUANTIZATION_GROUP == 0 else 1
-            shape = (batch, heads, slots, groups, 2)
-            self.key_quantization = key.new_zeros(shape, dtype=torch.float32)
-            self.value_quantization = torch.zeros_like(self.key_quantization)
-        self.position = torch.full((batch, lists, slots), -1, **int32)
-        self.last_selected = self.position.clone()
-        self.score = torch.zeros((batch, lists, slots), dtype=torch.int64, device=key.device)
-        self.ring = key.new_zeros((batch, lists, 0, slots), dtype=torch.float32)
-        self.count = torch.zeros((batch, lists), **int32)
-        self.length = torch.zeros((batch,), **int32)
-        self.oldest = torch.zeros((batch,), **int32)
-
-    def _resize(self, slots: int) -> None:
-        for name, (dim, free) in SLOTS.items():
-            old = getattr(self, name)
-            if old is None:
-                continue
-            shape = list(old.shape)
-            shape[dim] = slots
-            new = old.new_full(shape, free)
-            kept = min(slots, old.shape[dim])
-            new.narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
-            setattr(self, name, new)
-
-    def _widen(self, rows: int) -> None:
-        """Moves each row to step % rows: the last steps are those that the ring held."""
-        old = self.ring
-        before = old.shape[2]
-        self.ring = old.new_zeros((*old.shape[:2], rows, old.shape[3]))
-        if not before:
-            return
-        steps = self.length.unsqueeze(1) - 1 - torch.arange(before, device=old.device)  # (B, R)
-        for b_steps, b_old, b_new in zip(steps.clamp(min=-1), old, self.ring, strict=True):
-            known = b_steps >= 0
-            source = torch.where(known, b_steps % before, 0)
-            rows_of = torch.where(known.view(1, -1, 1), b_old[:, source], 0)
-            b_new.index_add_(1, torch.where(known, b_steps % rows, 0), rows_of)
-
-    def _forget(self) -> None:
-        """Before a selection: what was not selected for long may not return, or is dropped."""
-        horizon = self.policy.horizon(self.length + 1)
-        if self.evict and self._compaction_is_due():
-            self.compact()
-            self._settled = True
-            return
-        dead = self.last_selected < (self.length - horizon).view(-1, 1, 1)
-        self.score.masked_fill_(dead & (self.position >= 0), -1)
+    def _ring_rows(self, tokens: int) -> int:
+        """Rows that the ring needs once so many more tokens are there."""
+        return 0 if self.policy.is_dense else self.policy.rows(self.seen + tokens + 1)
 
     def _compaction_is_due(self) -> bool:
         if self._since_compact >= SLACK:
             return True
         # All of a prompt is alive until its own rows have left the horizon; then most of it dies.
-        most = torch.tensor([self.seen + 1], dtype=torch.int32)
-        return not self._settled and self._since_chunk >= int(self.policy.horizon(most))
+        return not self._settled and self._since_chunk >= self.policy.horizon(self.seen + 1)
 
     def _extend(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The last selection, and the token appended since: its slot is the last in use."""
@@ -446,9 +274,8 @@ class LayerState:
 
     def _observe_prompt(self, query, valid, scale, *, rowwise: bool) -> None:
         """Adds the rows that the next score needs; of a later chunk with padding one by one."""
-        most = torch.tensor([self.seen + 1], dtype=torch.int32)
         tokens = query.shape[2]
-        wanted = int(self.policy.rows(most)) or tokens
+        wanted = self.policy.rows(self.seen + 1) or tokens
         block = 1 if rowwise else SCORED_QUERIES
         for start in range(max(0, tokens - wanted), tokens, block):
             stop = min(start + block, tokens)
@@ -471,8 +298,8 @@ class LayerState:
         query = query.reshape(batch * kv_heads, group, tokens, dim)
         output = torch.empty_like(query)
         block = max(1, MASK_ELEMENTS // (batch * kv_heads * self.slots))
-        key = self._readable(self.key, self.key_quantization).flatten(0, 1).unsqueeze(1)
-        value = self._readable(self.value, self.value_quantization).flatten(0, 1).unsqueeze(1)
+        key = self.readable(self.key, self.key_quantization).flatten(0, 1).unsqueeze(1)
+        value = self.readable(self.value, self.value_quantization).flatten(0, 1).unsqueeze(1)
         for start in range(0, tokens, block):
             stop = min(start + block, tokens)
             slots = self.slots - (tokens - stop)  # none of the block's queries reads further
@@ -494,16 +321,3 @@ class LayerState:
             )
             output[:, :, start:stop] = part.masked_fill(~some, 0)
         return output.reshape(batch, heads, tokens, dim)
-
-    def _readable(self, stored: Tensor, quantization: Tensor | None) -> Tensor:
-        """Keys or values of the slots in use as the queries' dtype."""
-        stored = stored[:, :, : self.slots]
-        if quantization is None:
-            return stored
-        quantization = quantization[:, :, : self.slots]
-        groups = stored.unflatten(3, (quantization.shape[3], -1)).float()
-        return (groups * quantization[..., :1] + quantization[..., 1:]).flatten(3).to(self._dtype)
-
-
-def _rounded(slots: int) -> int:
-    return -(-slots // SLACK) * SLACK

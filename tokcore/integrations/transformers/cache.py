@@ -1,12 +1,4 @@
-"""Sparse window attention under transformers' generate: a cache, and the attention that it needs.
-
-    enable(model)
-    cache = SparseWindowCache(model.config, ratio=0.2)
-    model.generate(**inputs, past_key_values=cache)
-
-Works with transformers 5.6 to 5.24. transformers never hands the cache to the attention function,
-so `update` marks the keys that it returns, and the attention function finds its layer by that mark.
-"""
+"""The cache: a layer state for each attention layer, under transformers' names."""
 
 import threading
 import weakref
@@ -22,20 +14,31 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from tokcore.algorithms.alisa import LayerState, Policy, alisa, dense
-
-NAME = "tokcore_sparse_window"
-_MARK = "_tokcore_layer"
-_PADDING = "_tokcore_padding"
-_last_update = threading.local()
+from tokcore.integrations.transformers.padding import Padding, along
 
 outside_of_graphs = partial(
     torch.compiler.disable, reason="SparseWindowCache runs outside of compiled graphs"
 )
+
+# transformers never hands the cache to the attention function: `update` puts this mark on the keys
+# that it returns, by which the function finds the layer.
+MARK = "_tokcore_layer"
+_last_update = threading.local()
+
+
+def marked_layer(key: Tensor, layer_idx: int | None) -> "SparseWindowLayer | None":
+    """The layer that waits for the attention to these keys."""
+    layer = getattr(key, MARK, None)
+    if layer is None:
+        last = getattr(_last_update, "layer", lambda: None)()
+        if last is not None and last.pending is not None and last.layer_idx == layer_idx:
+            raise NotImplementedError(
+                f"SparseWindowCache: layer {layer_idx} of the model changes its keys after it has "
+                "stored them, which is not supported"
+            )
+    return layer
 
 
 class SparseWindowCache(Cache):
@@ -177,20 +180,20 @@ class SparseWindowLayer(CacheLayerMixin):
         self.lazy_initialization(key_states, value_states)
         self.pending = key_states, value_states
         marked = key_states.view_as(key_states)  # the mark must not stay on the caller's tensor
-        setattr(marked, _MARK, self)
+        setattr(marked, MARK, self)
         _last_update.layer = weakref.ref(self)
         return marked, value_states
 
-    def attend(self, query: Tensor, scale: float | None, padding: "_Padding | None") -> Tensor:
+    def attend(self, query: Tensor, scale: float | None, padding: Padding | None) -> Tensor:
         (key, value), self.pending = self.pending, None
         valid = order = None
         if padding is not None and padding.mask is not None:
             valid, order = padding.of_last(query.shape[2], self.state.length)
         if order is None:
             return self.state.attend(query, key, value, valid=valid, scale=scale)
-        query, key, value = (_along(order, x) for x in (query, key, value))
+        query, key, value = (along(order, x) for x in (query, key, value))
         output = self.state.attend(query, key, value, valid=valid, scale=scale)
-        return _along(order.argsort(1), output)
+        return along(order.argsort(1), output)
 
     def get_seq_length(self) -> int:
         return self.state.seen + (0 if self.pending is None else self.pending[0].shape[2])
@@ -235,159 +238,3 @@ class SparseWindowLayer(CacheLayerMixin):
         raise NotImplementedError("SparseWindowCache: offloading is not supported")
 
     prefetch = offload
-
-
-def _along(order: Tensor, x: Tensor) -> Tensor:
-    """x (B, H, Q, D) with the tokens of each sequence in the order (B, Q)."""
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-class _Padding:
-    """The 2D attention mask of one forward pass, and how to make transformers' own mask of it."""
-
-    def __init__(self, mask: Tensor | None, columns: int, build):
-        self.mask, self.columns, self.build = mask, columns, build
-        self._of_last: tuple[Tensor | None, Tensor | None] | None = None
-        self._stock: tuple[Tensor | None] | None = None
-
-    def of_last(self, tokens: int, length: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """How many of the last tokens are real, (B,), and their order (B, Q) with padding first.
-
-        None where all are, and where the order is that already. Found once for all layers.
-        """
-        if self._of_last is None:
-            self._of_last = self._find(tokens, length)
-        return self._of_last
-
-    def _find(self, tokens: int, length: Tensor | None):
-        if self.mask.shape[1] != self.columns:
-            raise ValueError(
-                f"SparseWindowCache: attention_mask must have {self.columns} columns, those of the "
-                f"cache and the new ones, got {self.mask.shape[1]}"
-            )
-        before, chunk = self.mask.split([self.columns - tokens, tokens], 1)
-        if tokens > 1 and length is not None:  # not of each decode step: it waits for the device
-            real = before.sum(1, dtype=torch.int32)
-            if not torch.equal(real, length):
-                raise ValueError(
-                    "SparseWindowCache: attention_mask must keep its values for the tokens in the "
-                    f"cache, got {real.tolist()} of them where {length.tolist()} are kept"
-                )
-        if bool(chunk.all()):
-            return None, None
-        valid = chunk.sum(1, dtype=torch.int32)
-        if bool((chunk[:, 1:] >= chunk[:, :-1]).all()):
-            return valid, None
-        return valid, chunk.long().argsort(dim=1, stable=True)
-
-    def stock(self) -> Tensor | None:
-        if self._stock is None:
-            self._stock = (self.build(),)
-        return self._stock[0]
-
-
-@outside_of_graphs
-def _mask(
-    *, kv_length, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, **rest
-):
-    """The mask function: plain causal masks stay 2D, the others are transformers' own."""
-    build = partial(
-        sdpa_mask,
-        kv_length=kv_length,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **rest,
-    )
-    if mask_function is not causal_mask_function:
-        return build()
-    if attention_mask is None:
-        shape = (rest["batch_size"], kv_length)
-        columns = torch.ones(shape, dtype=torch.bool, device=rest["device"])
-    else:
-        columns = attention_mask.view_as(attention_mask)
-    setattr(columns, _PADDING, _Padding(attention_mask, kv_length + kv_offset, build))
-    return columns
-
-
-@outside_of_graphs
-def _attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
-) -> tuple[Tensor, None]:
-    """The attention function: the cache's where `update` marked the key, else SDPA."""
-    padding = getattr(attention_mask, _PADDING, None)
-    layer = getattr(key, _MARK, None)
-    if layer is None:
-        _check_unmarked(module)
-        mask = attention_mask if padding is None else padding.stock()
-        return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if padding is None and attention_mask is not None:
-        raise NotImplementedError(
-            "SparseWindowCache: attention_mask must be a 2D causal padding mask, got "
-            f"{tuple(attention_mask.shape)}"
-        )
-    for name in ("softcap", "s_aux", "position_bias", "sliding_window", "indices"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"SparseWindowCache: {type(module).__name__} needs {name}, which is not supported"
-            )
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError("SparseWindowCache: output_attentions=True is not supported")
-    if dropout:
-        raise NotImplementedError(
-            f"SparseWindowCache: dropout is not supported, got {dropout}; call model.eval()"
-        )
-    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)):
-        raise NotImplementedError(
-            f"SparseWindowCache: {type(module).__name__} is not causal, which is not supported"
-        )
-    output = layer.attend(query, scaling, padding)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _check_unmarked(module) -> None:
-    layer = getattr(_last_update, "layer", lambda: None)()
-    waits = layer is not None and layer.pending is not None
-    if waits and layer.layer_idx == getattr(module, "layer_idx", None):
-        raise NotImplementedError(
-            f"SparseWindowCache: {type(module).__name__} changes its keys after it has stored "
-            "them, which is not supported"
-        )
-
-
-class enable:
-    """Makes a model attend through its SparseWindowCache; without one it attends by SDPA as before.
-
-    Takes effect at once. `enable(model).disable()` puts the former attention back, and so does the
-    end of ``with enable(model):``.
-
-    Raises:
-        TypeError: not a transformers model.
-        NotImplementedError: a model whose attention cannot be replaced.
-    """
-
-    def __init__(self, model):
-        if not hasattr(model, "set_attn_implementation"):
-            raise TypeError(
-                f"enable: model must be a transformers PreTrainedModel, got {type(model).__name__}"
-            )
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _mask)
-        self.model, self.former = model, model.config._attn_implementation
-        if not model._can_set_attn_implementation():
-            raise NotImplementedError(
-                f"enable: {type(model).__name__} does not take its attention from transformers' "
-                "AttentionInterface"
-            )
-        model.set_attn_implementation(NAME)
-
-    def disable(self) -> None:
-        self.model.set_attn_implementation(self.former)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.disable()
