@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import GROUPED, cache_argument, generate, make, prompt, transformers
+from tiny_models import GROUPED, VOCABULARY, cache_argument, generate, make, prompt, transformers
 
 from tokcore.algorithms.alisa import dense, h2o
 from tokcore.integrations.transformers import SparseWindowCache, enable
@@ -54,7 +54,7 @@ def test_models_without_a_full_attention_layer():
 
 def test_models_with_other_kinds_of_layers():
     config = transformers.Qwen3NextConfig(**{**GROUPED, "num_hidden_layers": 4})
-    with pytest.raises(NotImplementedError, match="layer 0 needs a Linear"):
+    with pytest.raises(NotImplementedError, match="got layers of linear_attention"):
         SparseWindowCache(config, ratio=0.2)
 
 
@@ -145,8 +145,10 @@ def test_a_mask_of_another_form_is_refused(llama):
 def test_assisted_decoding_is_refused(llama):
     ids = prompt(8)
     for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": make("llama")}):
-        with pytest.raises((NotImplementedError, ValueError), match=r"[Aa]ssisted decoding"):
-            generate(llama, ids, new(llama), **options)
+        # newer releases ask the cache before, older ones crop it
+        reason = r"[Aa]ssisted decoding|cannot be taken back"
+        with pytest.raises((NotImplementedError, ValueError), match=reason):
+            generate(llama, ids, new(llama), eos_token_id=VOCABULARY - 1, **options)
 
 
 def test_other_cache_implementations_beside_it_are_refused(llama):
@@ -178,11 +180,12 @@ def test_a_compiled_model_writes_the_same_or_says_why_not():
 def test_crop_is_refused(llama):
     cache = new(llama)
     generate(llama, prompt(8), cache)
-    with pytest.raises(ValueError, match="crop takes minus the tokens to remove, got 4"):
-        cache.crop(4)
-    with pytest.raises(NotImplementedError, match="4 tokens cannot be taken back"):
-        cache.crop(-4)
-    assert not cache.is_croppable
+    for number in (-4, cache.get_seq_length() - 4):  # minus the tokens; once, what stays
+        with pytest.raises(NotImplementedError, match="4 tokens cannot be taken back"):
+            cache.crop(number)
+    cache.crop(0)
+    cache.crop(cache.get_seq_length())
+    assert not cache.layers[0].is_croppable
     assert not cache.is_compileable
 
 

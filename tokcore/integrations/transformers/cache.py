@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from tokcore.algorithms.alisa import LayerState, Policy, alisa, dense
 from tokcore.integrations.transformers.padding import Padding, along
 
+SLIDING = "sliding_attention"
 outside_of_graphs = partial(
     torch.compiler.disable, reason="SparseWindowCache runs outside of compiled graphs"
 )
@@ -85,6 +86,12 @@ class SparseWindowCache(Cache):
         config = config.get_text_config(decoder=True)
         if config.is_encoder_decoder:
             raise NotImplementedError("SparseWindowCache: encoder-decoder models are not supported")
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", SLIDING}
+        if kinds:
+            raise NotImplementedError(
+                "SparseWindowCache: only full and sliding-window attention are supported, got "
+                f"layers of {', '.join(sorted(kinds))}"
+            )
         layers = DynamicCache(config=config).layers
         if (policy is not None) + (ratio is not None) + (budget is not None) != 1:
             raise ValueError(
@@ -222,10 +229,9 @@ class SparseWindowLayer(CacheLayerMixin):
         self.state.repeat_rows(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Takes minus the tokens to remove; of older releases, the length that stays."""
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"SparseWindowCache: crop takes minus the tokens to remove, got {tokens_to_remove}"
-            )
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         self.state.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
