@@ -1,5 +1,6 @@
 """Sparse window attention against its float64 reference, on the golden files' inputs."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,28 @@ def test_golden_selections_and_outputs(name, evict):
     for step, out in run(data, state):
         if step == -1 and "out_prefill" in data and out.shape[2] > 1:
             np.testing.assert_allclose(out.numpy(), data["out_prefill"], rtol=0, atol=1e-13)
-        if step < 0:
+        if step < 0:  # in one file the prompt too is read step by step
+            if "kept_prefill" in data:
+                want = np.flatnonzero(data["kept_prefill"][0, 0, step + int(data["prefill_len"])])
+                assert kept_columns(data, state, 0, 0) == want.tolist()
             continue
         np.testing.assert_allclose(out[:, :, 0].numpy(), data["out"][step], rtol=0, atol=1e-13)
         for b in range(batch):
             for s in range(lists):
                 want = np.flatnonzero(data["kept"][step, b, s]).tolist()
                 assert kept_columns(data, state, b, s) == want
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_live_sets(name):
+    """What stays after each step: what has a score in the next, or is local there."""
+    data = load(name)
+    state = LayerState(policy_of(data))
+    for step, _ in run(data, state):
+        if step < 0:
+            continue
+        dropped = copy.deepcopy(state)
+        dropped.compact()
+        for b, s in np.ndindex(data["kept"].shape[1:3]):
+            live = dropped.position[b, s, : dropped.count[b, s]] + int(data["pad"][b])
+            assert live.tolist() == np.flatnonzero(data["live_after"][step, b, s]).tolist()

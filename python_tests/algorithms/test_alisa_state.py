@@ -117,6 +117,19 @@ def test_what_is_dropped_changes_nothing(knobs, shared, monkeypatch):
     assert int(runs[0][2].count.min()) == 110
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_is_dropped_changes_nothing_in_other_types(dtype, int8):
+    qkv = tokens(100, seed=6, dtype=dtype)
+    policy = alisa(0.2, window=8)
+    layers = [LayerState(policy, evict=evict, int8=int8) for evict in (False, True)]
+    (want, kept), (out, lists) = (feed(layer, qkv, 30) for layer in layers)
+    assert lists == kept
+    assert torch.equal(out[:, :, 30:], want[:, :, 30:])
+    assert out.dtype == dtype
+    assert layers[1].key.dtype == (torch.uint8 if int8 else dtype)
+
+
 def test_slots_of_drifting_queries_stay_bounded():
     """Queries whose picks keep changing: 2k + window + slack slots hold all that may be read."""
     steps, window = 400, 16
