@@ -209,6 +209,21 @@ def test_padded_rows_equal_single_runs(window, int8):
         torch.testing.assert_close(out[b : b + 1, :, start : start + want.shape[2]], want)
 
 
+@pytest.mark.parametrize("evict", [True, False])
+def test_a_further_turn_reads_all_that_is_there(evict):
+    q, k, v = tokens(60, seed=20)
+    layer = LayerState(alisa(0.2, window=4), evict=evict)
+    feed(layer, tuple(x[:, :, :50] for x in (q, k, v)), 20)
+    out = layer.attend(*(x[:, :, 50:] for x in (q, k, v)))
+    there = layer.position[0, 0, : layer.count[0, 0]].long()
+    assert (len(there) == 60) == (not evict)
+    visible = there <= torch.arange(50, 60).unsqueeze(1)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, 50:], k[:, :, there], v[:, :, there], attn_mask=visible, enable_gqa=True
+    )
+    torch.testing.assert_close(out, want)
+
+
 def test_a_padded_further_turn_equals_single_runs():
     """Row 1's second turn is shorter: padding stands between its turns."""
     q, k, v = tokens(60, batch=2, seed=12)
@@ -361,6 +376,7 @@ def test_only_dense_layers_are_cropped():
     ("change", "error", "text"),
     [
         (lambda q, k, v: (q, k, v[..., :4]), ValueError, "value must have the shape of key"),
+        (lambda q, k, v: (q, k, v.float()), TypeError, "key and value must have the dtype of"),
         (lambda q, k, v: (q[:, :3], k, v), ValueError, "Hq a multiple of 2, got"),
         (lambda q, k, v: (q[:, :, :0], k, v), ValueError, "query must have shape"),
         (lambda q, k, v: (q, k[:1], v[:1]), ValueError, "query must have shape"),

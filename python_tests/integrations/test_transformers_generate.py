@@ -209,6 +209,21 @@ def test_int8_stays_within_quantisation():
     assert 0 < error < 4 / 255
 
 
+def test_autocast_is_as_near_as_with_sdpa():
+    model, ids = make("llama", torch.float32, initializer_range=0.1), prompt(30, batch=2)
+    argument = cache_argument(model)
+    want = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        stock = model(ids).logits
+        with enable(model):
+            cache = SparseWindowCache(model.config, ratio=1.0)
+            parts = [model(ids[:, :20], **{argument: cache}).logits]
+            parts += [model(ids[:, t : t + 1], **{argument: cache}).logits for t in range(20, 30)]
+    errors = [(x - want).abs().max() for x in (torch.cat(parts, 1), stock)]
+    assert sparse_layers(cache)[0].key.dtype == torch.bfloat16
+    assert errors[0] <= 2 * errors[1]
+
+
 @pytest.mark.parametrize(
     "policy",
     [h2o(4, 4), tova(8), streaming_llm(2, 6), local_window(0.3), strided(0.4)],

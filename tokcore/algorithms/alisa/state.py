@@ -231,6 +231,11 @@ class LayerState(Slots):
                 f"LayerState: value must have the shape of key, {tuple(key.shape)}, got "
                 f"{tuple(value.shape)}"
             )
+        if not query.dtype == key.dtype == value.dtype:
+            raise TypeError(
+                f"LayerState: key and value must have the dtype of query, {query.dtype}, got "
+                f"{key.dtype} and {value.dtype}"
+            )
         if query.shape[0] != batch or query.shape[2:] != key.shape[2:] or query.shape[1] % heads:
             raise ValueError(
                 f"LayerState: query must have shape ({batch}, Hq, {tokens}, {dim}) with Hq a "

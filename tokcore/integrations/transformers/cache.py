@@ -32,13 +32,13 @@ _last_update = threading.local()
 def marked_layer(key: Tensor, layer_idx: int | None) -> "SparseWindowLayer | None":
     """The layer that waits for the attention to these keys."""
     layer = getattr(key, MARK, None)
-    if layer is None:
-        last = getattr(_last_update, "layer", lambda: None)()
-        if last is not None and last.pending is not None and last.layer_idx == layer_idx:
-            raise NotImplementedError(
-                f"SparseWindowCache: layer {layer_idx} of the model changes its keys after it has "
-                "stored them, which is not supported"
-            )
+    last = getattr(_last_update, "layer", lambda: None)()
+    if layer is None and last is not None and last.layer_idx == layer_idx:
+        raise NotImplementedError(
+            f"SparseWindowCache: layer {layer_idx} of the model changes its keys after it has "
+            "stored them, which is not supported"
+        )
+    _last_update.layer = lambda: None
     return layer
 
 
@@ -193,6 +193,9 @@ class SparseWindowLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, scale: float | None, padding: Padding | None) -> Tensor:
         (key, value), self.pending = self.pending, None
+        if torch.is_autocast_enabled(key.device.type):  # as SDPA does by itself
+            dtype = torch.get_autocast_dtype(key.device.type)
+            query, key, value = (x.to(dtype) for x in (query, key, value))
         valid = order = None
         if padding is not None and padding.mask is not None:
             valid, order = padding.of_last(query.shape[2], self.state.length)
