@@ -190,7 +190,7 @@ def test_no_worse_than_torch(backend, sizes, window, lists, listed, dtype):
     assert_no_worse(rows, window, index, backend.device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [1, 2, 12, 13, 2**62])
 @pytest.mark.parametrize("listed", ["none", "all", "the first", "-1 only", "no room"])
 def test_windows_and_lists(backend, window, listed, dtype):
@@ -219,7 +219,7 @@ def test_scores_far_from_0(backend):
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -64,10 +64,11 @@ def test_empty_inputs(backend, sizes):
     assert all(g.eq(0).all() for g in grads)
 
 
-@pytest.mark.parametrize("window", [1, WINDOW, S])
+@pytest.mark.parametrize("window", [1, 2, 5])
 @pytest.mark.parametrize("with_lists", [False, True])
 def test_gradcheck(backend, window, with_lists):
-    rows, index = inputs(backend.device, torch.float64)
+    """Small, as it calls a hundred times."""
+    rows, index = inputs(backend.device, torch.float64, sizes=(1, 2, 1, 3, 5, 2))
     torch.autograd.gradcheck(
         lambda *x: sparse_window_attention(*x, window, index if with_lists else None), rows
     )

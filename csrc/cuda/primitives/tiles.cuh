@@ -19,8 +19,8 @@ struct Tiles {
   using Scalar = T;
   using acc_t = Acc<T>;
   static constexpr int kDim = dim;
-  // Four tiles of doubles and two of pairs fit into what sm_80 has (163 KB).
-  static constexpr int kSide = kDim <= 128 ? 32 : 16;
+  // Two sums of a thread are at most 64 floats, or as many doubles of longer rows.
+  static constexpr int kSide = kDim <= 128 && sizeof(acc_t) == 4 ? 32 : 16;
   static constexpr int kStride = kDim + 1;       // so that rows begin in different banks
   static constexpr int kPairStride = kSide + 1;  // the same
   static constexpr int kEntries = kSide * kStride, kPairs = kSide * kPairStride;
@@ -28,6 +28,7 @@ struct Tiles {
   static constexpr int kPer = kDim / kWarpThreads;  // entries of a row in each lane
   static constexpr int kAcross = 8, kDown = kTileThreads / kAcross;  // threads over a tile of pairs
   static_assert(kDim % kWarpThreads == 0 && kSide <= kWarpThreads && kSide % kDown == 0);
+  // Four tiles and two of pairs fit into what sm_80 has.
   static_assert((4 * kEntries + 2 * kPairs) * sizeof(acc_t) <= 163 * 1024);
 
   static constexpr size_t bytes(int tiles, int pairs) {
