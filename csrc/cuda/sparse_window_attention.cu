@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) window_query_kernel(WindowTensor
     const int64_t end = t + Tile::kSide < p.queries ? t + Tile::kSide : p.queries;
     const List list(p, b, key_head);
     const auto row_of = [&](int i) { return t + i < end ? p.query_row(b, h, t + i) : int64_t(-1); };
-    // Everyone has read the tile of the unit before this one.
-    __syncthreads();
+    // Read in products alone, and a barrier follows these: none is needed here.
     load_tile<Tile>(p.query, p.dim, scale, row_of, x);
     if (kBackward) load_tile<Tile>(p.grad_output, p.dim, acc_t(1), row_of, up);
 
@@ -221,8 +220,7 @@ __global__ void __launch_bounds__(kTileThreads) window_key_kernel(WindowTensors 
       const int64_t at = key_of(i);
       return at < p.keys ? p.key_row(b, h, at) : int64_t(-1);
     };
-    // Everyone has read the tiles of the unit before this one.
-    __syncthreads();
+    // Read in products alone, and a barrier follows these: none is needed here.
     load_tile<Tile>(p.key, p.dim, acc_t(1), row_of, x);
     load_tile<Tile>(p.value, p.dim, acc_t(1), row_of, x_up);
     typename Tile::Sums grad_key, grad_value;
