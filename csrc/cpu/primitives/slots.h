@@ -161,6 +161,13 @@ struct SlotBlock {
 template <typename T>
 constexpr int kMostTogether = Vec<T>::kWidth < 4 ? Vec<T>::kWidth : 4;
 
+// Part of a row that is needed soon: whole lines, in their order.
+template <typename T>
+TOKCORE_INLINE void fetch_row(const T* row, int64_t size) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(row + d);
+}
+
 template <int kX, bool kFetch, typename T>
 TOKCORE_INLINE void score_tile(const SlotBlock& block, const T* keys, const CachedTensor& key,
                                const float* pairs, const UnitRows<T>& layout, const Acc<T>* x,
@@ -169,6 +176,9 @@ TOKCORE_INLINE void score_tile(const SlotBlock& block, const T* keys, const Cach
   using V = Vec<T>;
   using S = Acc<T>;
   constexpr int kW = V::kWidth, kY = kW / kX;
+  // Rows swept side by side: as few as give the additions of a sum time, since the memory likes to
+  // be read in order.
+  constexpr int kStep = kX == 1 || kY == 1 ? 1 : 2;
   const T *row[kY], *next[kY];
   for (int y = 0; y < kY; ++y) {
     row[y] = keys + block.slot[j + y] * key.slot_stride;
@@ -178,27 +188,32 @@ TOKCORE_INLINE void score_tile(const SlotBlock& block, const T* keys, const Cach
   for (int64_t z = 0; z < layout.groups; ++z) {
     V sum[kW];
     for (int i = 0; i < kW; ++i) sum[i] = V::all(0);
-    const auto add = [&](int64_t at, const V* a, const V* b) __attribute__((always_inline)) {
-      V xa, xb;
-      for (int i = 0; i < kX; ++i) {
-        load2(x + i * layout.width + at, xa, xb);
-        for (int y = 0; y < kY; ++y)
-          sum[i * kY + y] = fma(xb, b[y], fma(xa, a[y], sum[i * kY + y]));
-      }
-    };
     const int64_t from = z * layout.size, to = z * layout.padded_size;
-    V a[kY], b[kY];
-    int64_t d = 0;
-    for (; d + kUnit<T> <= layout.size; d += kUnit<T>) {
-      for (int y = 0; y < kY; ++y) {
-        if (kFetch) __builtin_prefetch(next[y] + from + d);
-        load2(row[y] + from + d, a[y], b[y]);
+    for (int first = 0; first < kY; first += kStep) {
+      V a[kStep], b[kStep], xa, xb;
+      if (kFetch)
+        for (int y = 0; y < kStep; ++y) fetch_row(next[first + y] + from, layout.size);
+      const auto add = [&](int64_t at) __attribute__((always_inline)) {
+        for (int i = 0; i < kX; ++i) {
+          load2(x + i * layout.width + at, xa, xb);
+          for (int y = 0; y < kStep; ++y) {
+            V& so_far = sum[i * kY + first + y];
+            so_far = fma(xb, b[y], fma(xa, a[y], so_far));
+          }
+        }
+      };
+      int64_t d = 0;
+      for (; d + kUnit<T> <= layout.size; d += kUnit<T>) {
+        for (int y = 0; y < kStep; ++y) {
+          load2(row[first + y] + from + d, a[y], b[y]);
+        }
+        add(to + d);
       }
-      add(to + d, a, b);
-    }
-    if (d < layout.size) {
-      for (int y = 0; y < kY; ++y) load_with_zeros(row[y] + from + d, layout.size - d, a[y], b[y]);
-      add(to + d, a, b);
+      if (d < layout.size) {
+        for (int y = 0; y < kStep; ++y)
+          load_with_zeros(row[first + y] + from + d, layout.size - d, a[y], b[y]);
+        add(to + d);
+      }
     }
     V dots = sums_of(sum);
     if (pairs != nullptr) {
@@ -250,9 +265,10 @@ static void block_scores(const SlotBlock& block, const T* keys, const CachedTens
   }
 }
 
-// Scores become exponentials; n of them.
+// Scores become exponentials; n of them. Inlined, GCC 12 takes what exp2 is given for
+// uninitialised.
 template <typename S>
-TOKCORE_INLINE BlockSum<double> block_exponentials(S* x, int64_t n) {
+__attribute__((noinline)) BlockSum<double> block_exponentials(S* x, int64_t n) {
   using V = Vec<S>;
   V top_a = V::all(kLowest<S>), top_b = top_a, sum_a = V::all(0), sum_b = sum_a, a, b;
   for (int64_t j = 0; j < n; j += kUnit<S>) {
