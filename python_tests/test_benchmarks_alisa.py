@@ -1,8 +1,9 @@
-"""The replay of ALISA's schedules beside exact eviction, on a small case."""
+"""The replay of ALISA's schedules beside exact eviction, and whole decode steps, on small cases."""
 
+import pytest
 import torch
 
-from benchmarks import alisa_schedule
+from benchmarks import alisa_decode, alisa_schedule
 
 
 def test_every_way_gives_the_output_of_one_tier():
@@ -35,3 +36,21 @@ def test_selection_by_hand():
         assert len(now) == 2 * local
         before = chosen[t - 21].chosen if t > 20 else range(t)
         assert set(live) == set(now) | set(before)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_whole_decode_steps():
+    """Every cache decodes the same prompt; those that drop tokens are smaller."""
+    found = alisa_decode.decode(tokens=160, steps=2, warm=66)
+    caches = found["caches"]
+    kept = caches["tokcore ratio 0.2"]["cache_mb"], caches["composed, 0.2 kept"]["cache_mb"]
+    assert max(kept) < min(caches[n]["cache_mb"] for n in ("DynamicCache, SDPA", "tokcore dense"))
+    assert found["selected"] == 2 * round((160 + 66 + 2) * 0.1)
+    assert found["slots"] <= found["selected"] + alisa_decode.WINDOW + 64
+
+
+def test_live_set_of_queries_that_aim_at_change():
+    found = alisa_decode.live_set("aimed", prompt=100, steps=200)
+    assert found["picks_changed_a_step"] > 0.1
+    assert 1 < found["live_over_selected"] < found["most_live_over_selected"]
+    assert found["most_slots_beyond_selected"] <= alisa_decode.WINDOW + 64
