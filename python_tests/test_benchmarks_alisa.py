@@ -41,11 +41,11 @@ def test_selection_by_hand():
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_whole_decode_steps():
     """Every cache decodes the same prompt; those that drop tokens are smaller."""
-    found = alisa_decode.decode(tokens=160, steps=2, warm=66)
+    found = alisa_decode.decode(tokens=512, steps=2, warm=66)
     caches = found["caches"]
     kept = caches["tokcore ratio 0.2"]["cache_mb"], caches["composed, 0.2 kept"]["cache_mb"]
     assert max(kept) < min(caches[n]["cache_mb"] for n in ("DynamicCache, SDPA", "tokcore dense"))
-    assert found["selected"] == 2 * round((160 + 66 + 2) * 0.1)
+    assert found["selected"] == 2 * round((512 + 66 + 2) * 0.1)
     assert found["slots"] <= found["selected"] + alisa_decode.WINDOW + 64
 
 
