@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kSlotThreads) prompt_sum_kernel(PromptScoresPa
   TOKCORE_SHARED(acc_t, queries, kRows * Traits::kDim);
   TOKCORE_SHARED(acc_t, scores, kRows * kSlotsOfSplit);
   BlockSum<acc_t>* const sums = static_cast<BlockSum<acc_t>*>(p.sums);
-  const int warp = slot_warp();
+  const int warp = warp_of_thread();
   const int64_t chunks = (p.queries + kRows - 1) / kRows;
   const int64_t units = p.batch * p.query_heads * chunks * p.splits;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {

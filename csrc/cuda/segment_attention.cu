@@ -19,12 +19,6 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarpThreads;
 constexpr int kSpan = 1024;
 constexpr int64_t kMostBatches = 65535;  // of grid.y
 
-// The warp that this thread is of. A compiler that does not know that all lanes agree makes a call
-// of each shuffle that hangs on it, and spills registers around it.
-__device__ __forceinline__ int warp_of_thread() {
-  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
-}
-
 // ---- a row, spread over the lanes of a warp --------------------------------------------------
 
 template <typename acc_t, int kPer>

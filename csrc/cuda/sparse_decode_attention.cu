@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kSlotThreads) decode_split_kernel(SparseDecode
   TOKCORE_SHARED(acc_t, scores, kRows * kSlotsOfSplit);
   TOKCORE_SHARED(acc_t, of_warps, kSlotWarps * kRows * Traits::kDim);
   BlockSum<acc_t>* const sums = static_cast<BlockSum<acc_t>*>(p.sums);
-  const int warp = slot_warp();
+  const int warp = warp_of_thread();
   const int64_t units = p.batch * p.heads * p.splits;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int64_t split = unit % p.splits, kv_head = unit / p.splits;

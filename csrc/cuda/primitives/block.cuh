@@ -16,6 +16,12 @@ constexpr int kMaxThreads = 256;
 constexpr int kMaxWarps = kMaxThreads / kWarpThreads;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// The warp that this thread is of. A compiler that does not know that all lanes agree makes a call
+// of each shuffle that hangs on it, and spills registers around it.
+__device__ __forceinline__ int warp_of_thread() {
+  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
+}
+
 // A state is a handful of accumulators: SoftmaxSum or KlState.
 template <template <typename> class State, typename acc_t>
 __device__ __forceinline__ State<acc_t> shuffle_down(State<acc_t> state, int lanes) {

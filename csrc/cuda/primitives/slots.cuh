@@ -134,12 +134,6 @@ __device__ __forceinline__ void split_scores(const CachedAttention& p, int64_t b
   }
 }
 
-// The warp that this thread is of. A compiler that does not know that all lanes agree makes a call
-// of each shuffle that hangs on it, and spills registers around it.
-__device__ __forceinline__ int slot_warp() {
-  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
-}
-
 // A warp's: the greatest of n scores and the sum of their exponentials, in every lane; with
 // `keep` (score index, exponential) called for each.
 template <typename acc_t, typename Keep>

@@ -48,10 +48,6 @@ struct Tiles {
 };
 
 __device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x) % kWarpThreads; }
-// A compiler that does not know that all lanes agree spills registers around shuffles.
-__device__ __forceinline__ int warp_of_thread() {
-  return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarpThreads, 0);
-}
 
 template <typename acc_t>
 __device__ __forceinline__ acc_t warp_sum(acc_t x) {
