@@ -119,11 +119,11 @@ def decode(tokens, steps, warm=2 * WINDOW + 8):
 
 
 @torch.no_grad()
-def layer(tokens, dtype, rounds=15):
+def layer(tokens, dtype, ratio, rounds=15):
     """A decode step of one layer, 32 query heads on 8 of keys and values, cold: what selecting
     adds, beside all tokens and beside torch over the same tokens already moved together."""
     heads, queries, dim = 8, 32, 128
-    half = int(RATIO * tokens / 2 + 0.5)
+    half = int(ratio * tokens / 2 + 0.5)
     slots = 2 * half + WINDOW + 64  # what exact eviction leaves, at most
     generator = torch.Generator().manual_seed(0)
 
@@ -205,6 +205,7 @@ def layer(tokens, dtype, rounds=15):
     return {
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
+        "ratio": ratio,
         "ms": ms,
         "selecting_share": round(ms["select and update"] / ms["step"], 3),
         "faster_than_all_tokens": round(ms["all tokens"] / ms["step"], 2),
@@ -282,11 +283,12 @@ def table(document):
     columns = ("selecting_share", "faster_than_all_tokens", "faster_than_torch_packed")
     columns += ("faster_than_torch",)
     names = list(document["layer"][0]["ms"])
-    lines += ["| tokens, dtype | " + " | ".join([*names, *columns]).replace("_", " ") + " |"]
+    lines += ["| tokens, dtype, ratio | " + " | ".join([*names, *columns]).replace("_", " ") + " |"]
     lines += ["|" + " --- |" * (1 + len(names) + len(columns))]
     for row in document["layer"]:
         cells = [row["ms"][name] for name in names] + [row[name] for name in columns]
-        lines.append(f"| {row['tokens']}, {row['dtype']} | " + " | ".join(map(str, cells)) + " |")
+        case = f"{row['tokens']}, {row['dtype']}, {row['ratio']}"
+        lines.append(f"| {case} | " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| queries | picks changed a step | live / 2k, mean (most) | slots beyond 2k |"]
     lines += ["| --- | --- | --- | --- |"]
     for name, row in document["live_set"].items():
@@ -311,7 +313,9 @@ def main(arguments=None):
             "environment": machine.environment("cpu"),
             "decode": [decode(tokens, options.steps) for tokens in options.tokens],
             "layer": [
-                layer(max(options.tokens), dtype) for dtype in (torch.float32, torch.bfloat16)
+                layer(max(options.tokens), dtype, ratio)
+                for dtype in (torch.float32, torch.bfloat16)
+                for ratio in (0.5, 0.2, 0.1)
             ],
             "live_set": {kind: live_set(kind) for kind in ("fixed", "drifting", "fresh", "aimed")},
         }

@@ -65,7 +65,6 @@ __device__ __forceinline__ void run_long_group(const AdvantageTensors<T>& p, int
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) group_advantage_kernel(AdvantageTensors<T> p) {
   TOKCORE_SHARED(int, is_long, kMaxThreads);
-  // There are as many blocks as tiles: a grid can have more than there is memory for.
   const int64_t tile = int64_t(blockIdx.x) * blockDim.x, begin = tile + threadIdx.x;
   is_long[threadIdx.x] = 0;
   if (begin < p.rows && p.starts(begin)) {
@@ -96,10 +95,11 @@ std::tuple<Tensor, Tensor, Tensor> group_advantage_cuda(
   Tensor advantage = allocate_output(rewards, shape, type);
   Tensor mean = allocate_output(rewards, with_statistics ? shape : none, type);
   Tensor deviation = allocate_output(rewards, with_statistics ? shape : none, type);
+  // A block for each tile: a grid can have more blocks than there is memory for.
+  const unsigned tiles = unsigned((call.rows + kMaxThreads - 1) / kMaxThreads);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    launch(dim3(block_count((call.rows + kMaxThreads - 1) / kMaxThreads)), dim3(kMaxThreads), 0,
-           current_stream(rewards), group_advantage_kernel<T>,
+    launch(dim3(tiles), dim3(kMaxThreads), 0, current_stream(rewards), group_advantage_kernel<T>,
            call.tensors<T>(advantage, mean, deviation));
   };
   type == ScalarType::Double ? run(double()) : run(float());
