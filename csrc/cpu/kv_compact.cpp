@@ -44,7 +44,7 @@ void move_row(const Moved& tensor, int64_t row, int64_t slots, const Moves& move
   for (const Run& run : moves.runs)
     if (run.to < run.from)
       std::memmove(data + run.to * bytes, data + run.from * bytes, run.size * bytes);
-  if (tensor.left != Moved::kAsItIs)
+  if (tensor.left != Moved::kAsItIs && moves.after < moves.before)
     std::memset(data + moves.after * bytes, tensor.left, (moves.before - moves.after) * bytes);
 }
 
