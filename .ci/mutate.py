@@ -185,6 +185,16 @@ def _keep_first(code: str) -> str:
     return code[: match.start()] + match.group(1) + code[end:]
 
 
+def operators_of(path: str) -> set[str]:
+    """The operators whose kernels are in this file or include it."""
+
+    def includes(file: Path) -> set[Path]:
+        names = re.findall(r'#include "(cuda/[^"]+)"', file.read_text())
+        return {file}.union(*(includes(ROOT / "csrc" / name) for name in names))
+
+    return {file.stem for file in KERNELS.glob("*.cu") if ROOT / path in includes(file)}
+
+
 def explained() -> dict[tuple[str, str, str, str], str]:
     """The table of survivors: | file | kind | `before` | `after` | why |."""
     table = {}
@@ -258,14 +268,13 @@ class Build:
             self.limits[path] = 5 * (time.monotonic() - start) + 60
 
     def failure(self, seed: int, path: str) -> str | None:
-        """None when every test passes, else the end of what pytest said. A change in one operator's
-        file is no matter of the tests that name another, and its own are the likeliest to notice.
+        """None when every test passes, else the end of what pytest said. Tests that name operators
+        without this file are left out; those of the operators with it are the likeliest to notice.
         """
-        stems = {file.stem for file in KERNELS.glob("*.cu")}
-        own = Path(path).stem if path.endswith(".cu") else ""
-        others = stems - {own} if own else set()
-        first = sorted((ROOT / "python_tests/ops").glob(f"test_{own}*.py")) if own else []
-        tests = [str(file) for file in first if not file.stem.endswith("contracts")] + TESTS
+        own = operators_of(path)
+        others = {file.stem for file in KERNELS.glob("*.cu")} - own
+        first = [file for o in own for file in (ROOT / "python_tests/ops").glob(f"test_{o}*.py")]
+        tests = [str(file) for file in sorted(first) if not file.stem.endswith("contracts")] + TESTS
         chosen = " and not ".join(["emulated", *sorted(others)])
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", chosen]
         try:
