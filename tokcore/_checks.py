@@ -69,7 +69,7 @@ def target(operator: str, value: Tensor, like: Tensor, ignore_index: int, *, sev
             f"{operator}: target must have shape {rule} for logits (..., V) = {_shape(like)} "
             f"(nothing is broadcast), got {_shape(value)}"
         )
-    if _debug() and readable(value):
+    if debugged(value):
         _labels_in_range(operator, value, like.shape[-1], ignore_index)
 
 
@@ -198,7 +198,7 @@ def lengths(
             f"{operator}: {name} must have shape {shape} on {like.device}, got {_shape(value)} on "
             f"{value.device}"
         )
-    if _debug() and readable(value):
+    if debugged(value):
         bad = value[(value < 0) | (value > most)]
         if bad.numel() > 0:
             raise ValueError(f"{operator}: {name} must lie in [0, {most}], got {bad[0].item()}")
@@ -314,7 +314,7 @@ def cached(
             f"{operator}: count must have shape ({batch}, Hs) with Hs = 1 or {heads}, got "
             f"{_shape(count)}"
         )
-    _on_device_of_query(operator, "count", count, query)
+    on_device_of_query(operator, "count", count, query)
 
 
 def cache_tensor(
@@ -327,7 +327,7 @@ def cache_tensor(
             f"{operator}: {name} must have shape ({query.shape[0]}, Hkv, C, {query.shape[-1]}) "
             f"for query {_shape(query)}, got {_shape(value)}"
         )
-    _on_device_of_query(operator, name, value, query)
+    on_device_of_query(operator, name, value, query)
     if quantization is None:
         if value.dtype != query.dtype:
             raise TypeError(
@@ -360,12 +360,12 @@ def cache_tensor(
             f"{operator}: {name}_quantization must have shape {(*value.shape[:3], 'Z', 2)} with Z "
             f"a divisor of D = {value.shape[3]}, got {shape}"
         )
-    _on_device_of_query(operator, f"{name}_quantization", quantization, query)
+    on_device_of_query(operator, f"{name}_quantization", quantization, query)
 
 
 def slots_in_use(operator: str, count: Tensor, index: Tensor | None, capacity: int) -> None:
     """Facts about values, where the native operator only marks an item that is wrong (CUDA)."""
-    if not (_debug() and readable(count)):
+    if not debugged(count):
         return
     most = capacity if index is None else index.shape[2]
     bad = count[(count < 0) | (count > most)]
@@ -383,7 +383,21 @@ def slots_in_use(operator: str, count: Tensor, index: Tensor | None, capacity: i
         )
 
 
-def _on_device_of_query(operator: str, name: str, value: Tensor, query: Tensor) -> None:
+def like_query(operator: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Of attention whose key has the right shape: the rest of what key and value must be."""
+    if value.shape != key.shape:
+        raise ValueError(
+            f"{operator}: value must have the shape of key, {_shape(key)}, got {_shape(value)}"
+        )
+    for name, given in (("key", key), ("value", value)):
+        if given.dtype != query.dtype:
+            raise TypeError(
+                f"{operator}: {name} must have the dtype of query, {query.dtype}, got {given.dtype}"
+            )
+        on_device_of_query(operator, name, given, query)
+
+
+def on_device_of_query(operator: str, name: str, value: Tensor, query: Tensor) -> None:
     if value.device != query.device:
         raise ValueError(
             f"{operator}: {name} must be on the device of query, {query.device}, got {value.device}"
@@ -392,7 +406,7 @@ def _on_device_of_query(operator: str, name: str, value: Tensor, query: Tensor) 
 
 def lattice_results(operator: str, name: str, sums: Tensor) -> None:
     """Where the native operator has only marked an item that is wrong (CUDA)."""
-    if _debug() and readable(sums) and bool(sums.isnan().any()):
+    if debugged(sums) and bool(sums.isnan().any()):
         item = int(sums.isnan().nonzero()[0])
         raise ValueError(
             f"{operator}: {name} must be finite or the infinity that forbids a cell (and have no "

@@ -138,19 +138,7 @@ def _check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{op}: key must have shape {rule} for query {tuple(query.shape)}, got "
             f"{tuple(key.shape)}"
         )
-    if value.shape != key.shape:
-        raise ValueError(
-            f"{op}: value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
-        )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of query, {query.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of query, {query.device}, got {tensor.device}"
-            )
+    _checks.like_query(op, query, key, value)
 
 
 def _check_ids(op: str, kind: str, of_queries, of_keys, query: Tensor, key: Tensor) -> None:

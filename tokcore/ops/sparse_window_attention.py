@@ -102,19 +102,7 @@ def _check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{op}: key must have shape ({batch}, Hkv, S, {dim}) with Hkv a divisor of {heads} and "
             f"S >= {queries}, got {tuple(key.shape)}"
         )
-    if value.shape != key.shape:
-        raise ValueError(
-            f"{op}: value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}"
-        )
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{op}: {name} must have the dtype of query, {query.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of query, {query.device}, got {tensor.device}"
-            )
+    _checks.like_query(op, query, key, value)
 
 
 def _check_index(op: str, index: Tensor, query: Tensor, key: Tensor) -> None:
@@ -127,11 +115,8 @@ def _check_index(op: str, index: Tensor, query: Tensor, key: Tensor) -> None:
             f"{op}: global_index must have shape ({batch}, Hg, M) with Hg 1 or {heads}, got "
             f"{tuple(index.shape)}"
         )
-    if index.device != query.device:
-        raise ValueError(
-            f"{op}: global_index must be on the device of query, {query.device}, got {index.device}"
-        )
-    if _checks._debug() and _checks.readable(index):
+    _checks.on_device_of_query(op, "global_index", index, query)
+    if _checks.debugged(index):
         wrong = (index < -1) | (index >= keys)
         before, after = index[..., :-1], index[..., 1:]
         wrong[..., 1:] |= (after != -1) & ((before == -1) | (after <= before))
