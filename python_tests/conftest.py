@@ -46,6 +46,11 @@ class Backend:
         """Whether a wrong value (a label out of range) raises; elsewhere its row is NaN."""
         return self.name == "cpu"
 
+    def place(self, arguments: dict) -> dict:
+        """Arguments of a call with the tensors of the CPU on this device."""
+        on_cpu = {name: x for name, x in arguments.items() if getattr(x, "is_cpu", False)}
+        return arguments | {name: x.to(self.device) for name, x in on_cpu.items()}
+
     def skip_above(self, elements: int, *, emulated: int = EMULATED_ELEMENTS) -> None:
         if self.name == "emulated" and elements > emulated:
             pytest.skip(f"{elements} elements are too many to emulate")

@@ -20,7 +20,7 @@ struct PromptScoresParams : CachedAttention {
 };
 
 struct PromptScoresRows {
-  int64_t (*width)(const PromptScoresParams&);
+  int64_t (*width)(const CachedAttention&, Storage);                    // of a row in scratch
   void (*rows)(const PromptScoresParams&, int64_t begin, int64_t end);  // (b, list, tile)
 };
 TOKCORE_DECLARE_LEVELS(PromptScoresRows, prompt_scores_rows)
@@ -34,12 +34,6 @@ TOKCORE_DECLARE_LEVELS(PromptScoresRows, prompt_scores_rows)
 namespace tokcore {
 namespace TOKCORE_ISA {
 namespace {
-
-int64_t width(const PromptScoresParams& p) {
-  int64_t found = 0;
-  of_cache(p, p.storage, [&](auto entry) { found = UnitRows<decltype(entry)>::of(p).width; });
-  return found;
-}
 
 // The exponentials of n scores, block by block, become weights that are added to out.
 template <typename S>
@@ -98,7 +92,7 @@ void rows(const PromptScoresParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const PromptScoresRows prompt_scores_rows = {width, rows};
+extern const PromptScoresRows prompt_scores_rows = {row_width, rows};
 
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
@@ -132,7 +126,7 @@ Tensor prompt_window_scores_cpu(const Tensor& query, const Tensor& key, const Te
   p.tiles = (p.queries + p.together - 1) / p.together;
   p.scored = p.capacity + kScoresBehind;
   const PromptScoresRows& rows = TOKCORE_CHOSEN(prompt_scores_rows);
-  const int64_t of_unit = p.group() * p.together, width = rows.width(p);
+  const int64_t of_unit = p.group() * p.together, width = rows.width(p, p.storage);
   parallel_units(p.batch * p.lists * p.tiles, of_unit * p.capacity,
                  [&](int64_t begin, int64_t end) {
                    const std::unique_ptr<double[]> scratch(

@@ -25,7 +25,7 @@ struct SparseDecodeParams : CachedAttention {
 };
 
 struct SparseDecodeRows {
-  int64_t (*width)(const SparseDecodeParams&);
+  int64_t (*width)(const CachedAttention&, Storage);                       // of a row in scratch
   void (*blocks)(const SparseDecodeParams&, int64_t begin, int64_t end);   // units
   void (*outputs)(const SparseDecodeParams&, int64_t begin, int64_t end);  // (b, query head)
   void (*weights)(const SparseDecodeParams&, int64_t begin, int64_t end);  // (b, list, block)
@@ -41,12 +41,6 @@ TOKCORE_DECLARE_LEVELS(SparseDecodeRows, sparse_decode_rows)
 namespace tokcore {
 namespace TOKCORE_ISA {
 namespace {
-
-int64_t width(const SparseDecodeParams& p) {
-  int64_t found = 0;
-  of_cache(p, p.storage, [&](auto entry) { found = UnitRows<decltype(entry)>::of(p).width; });
-  return found;
-}
 
 template <typename T>
 void blocks_of(const SparseDecodeParams& p, int64_t begin, int64_t end) {
@@ -145,7 +139,7 @@ void weights(const SparseDecodeParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const SparseDecodeRows sparse_decode_rows = {width, blocks, outputs, weights};
+extern const SparseDecodeRows sparse_decode_rows = {row_width, blocks, outputs, weights};
 
 }  // namespace TOKCORE_ISA
 }  // namespace tokcore
@@ -199,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention_cpu(
   p.units = units.data();
   p.blocks = slot_blocks(p.listed);
   p.scored = p.listed + kScoresBehind;
-  p.width = rows.width(p);
+  p.width = rows.width(p, p.storage);
   // Through torch's allocator; nothing of it is cleared, as only what is used is touched.
   Tensor scores = new_empty(query, {heads * p.scored}, call.statistics);
   Tensor combined = new_empty(query, {heads * p.blocks * p.width}, call.statistics);

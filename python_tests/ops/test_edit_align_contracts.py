@@ -78,10 +78,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("wrong", "error", "text"), ERRORS)
 def test_named_errors(backend, wrong, error, text):
-    arguments = {
-        name: value.to(backend.device) if getattr(value, "is_cpu", False) else value
-        for name, value in ({"hypothesis": A, "reference": B} | wrong).items()
-    }
+    arguments = backend.place({"hypothesis": A, "reference": B} | wrong)
     with pytest.raises(error, match=f"^edit_align: {text}"):
         edit_align(**arguments)
 

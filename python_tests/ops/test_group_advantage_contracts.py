@@ -20,10 +20,7 @@ LENGTHS = torch.tensor([3, 4, 5, 6])
 
 
 def on(backend, arguments):
-    return {
-        name: value.to(backend.device) if getattr(value, "is_cpu", False) else value
-        for name, value in arguments.items()
-    }
+    return backend.place(arguments)
 
 
 # ---- values that are wrong ------------------------------------------------------------------

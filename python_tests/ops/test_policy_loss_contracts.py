@@ -299,10 +299,7 @@ ERRORS = [
 @pytest.mark.parametrize(("wrong", "error", "text"), ERRORS)
 def test_named_errors(backend, wrong, error, text):
     arguments = {"logprob": X, "advantages": ROWS, "rules": PLAIN} | wrong
-    arguments = {
-        name: value.to(backend.device) if getattr(value, "is_cpu", False) else value
-        for name, value in arguments.items()
-    }
+    arguments = backend.place(arguments)
     text = text.replace("on cpu", f"on {torch.zeros(0, device=backend.device).device}")
     with pytest.raises(error, match=f"^policy_loss: {text}"):
         policy_loss(**arguments)

@@ -250,10 +250,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("wrong", "error", "text"), ERRORS)
 def test_named_errors(backend, wrong, error, text):
-    arguments = {
-        name: value.to(backend.device) if getattr(value, "is_cpu", False) else value
-        for name, value in ({"query": QUERY, "key": KEY, "count": COUNT} | wrong).items()
-    }
+    arguments = backend.place({"query": QUERY, "key": KEY, "count": COUNT} | wrong)
     text = text.replace("cpu", backend.device)
     with pytest.raises(error, match=f"^prompt_window_scores: {text}"):
         prompt_window_scores(**arguments)

@@ -252,10 +252,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("wrong", "error", "text"), ERRORS)
 def test_named_errors(backend, wrong, error, text):
-    arguments = {
-        name: value.to(backend.device) if getattr(value, "is_cpu", False) else value
-        for name, value in (GOOD | wrong).items()
-    }
+    arguments = backend.place(GOOD | wrong)
     text = text.replace("cpu", backend.device)
     with pytest.raises(error, match=f"^sparse_decode_attention: {text}"):
         sparse_decode_attention(**arguments)

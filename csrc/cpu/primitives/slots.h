@@ -416,6 +416,12 @@ TOKCORE_INLINE void of_cache(const CachedAttention& p, Storage storage, const Bo
   of_storage(storage, body);
 }
 
+static int64_t row_width(const CachedAttention& p, Storage storage) {
+  int64_t found = 0;
+  of_cache(p, storage, [&](auto entry) { found = UnitRows<decltype(entry)>::of(p).width; });
+  return found;
+}
+
 template <typename T>
 static void load_queries(const CachedAttention& p, Storage storage, const UnitRows<T>& layout,
                          int64_t first, int64_t rows, Acc<T>* x, Acc<T>* x_sums) {

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokcore.algorithms.alisa.policy import Policy
+
 NEVER = 1 << 62  # a step that no sequence reaches
 BETA_OF = ("host", "length")
 
@@ -101,9 +103,7 @@ def half_budget(length: int, ratio: float) -> Budget:
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"half_budget: ratio must lie in (0, 1], got {ratio}")
-    half = max(1, int(length * ratio / 2 + 0.5))
-    local = min(half, length)
-    return Budget(local, min(half, length - local))
+    return Budget(*Policy(local=ratio / 2, top=ratio / 2).amounts(int(length)))
 
 
 def steps(prompt: int, count: int, budget: Callable[[int], Budget]) -> Steps:
