@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from preference_data import train_tokenizer
+from streamed import stream
 from tqdm import tqdm
 
 from tokcore.algorithms.alisa import alisa, dense, h2o, local_window, streaming_llm, strided, tova
@@ -240,28 +241,6 @@ def plot(cells, path):
 # --- a model of your own --------------------------------------------------------------------------
 
 
-class Figures(transformers.TextStreamer):
-    """Streams the text, and at its end what each token took and what the cache holds."""
-
-    def __init__(self, tokenizer, cache):
-        super().__init__(tokenizer, skip_prompt=True)
-        self.cache, self.times, self.peak = cache, [], 0
-
-    def put(self, value):
-        super().put(value)
-        self.times.append(time.perf_counter())
-        self.peak = max(self.peak, self.cache.nbytes)
-        if sys.stderr.isatty() and len(self.times) > 1:
-            print(f"\033]0;{self.figures()}\007", end="", file=sys.stderr)  # in the window's title
-
-    def figures(self):
-        last = self.times[-32:]
-        ms = 1e3 * (last[-1] - last[0]) / max(1, len(last) - 1)
-        now, peak = self.cache.nbytes / 1e6, self.peak / 1e6
-        tokens = len(self.times) - 1
-        return f"{tokens} tokens, {ms:.1f} ms each, cache {now:.2f} MB, peak {peak:.2f} MB"
-
-
 def answer(args):
     """Streams the continuation of the prompt under each policy and sparsity."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
@@ -273,16 +252,8 @@ def answer(args):
     for name, sparsity in runs:
         policy = POLICIES[name](1 - sparsity, length) if sparsity else dense()
         cache = SparseWindowCache(model.config, policy=policy)
-        streamer = Figures(tokenizer, cache)
         print(f"\n== {name}, sparsity {sparsity:.0%}")
-        model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=args.new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
-        print(f"-- {streamer.figures()}")
+        print(f"-- {stream(model, tokenizer, inputs, cache, args.new_tokens)}")
 
 
 def main():
