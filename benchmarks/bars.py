@@ -6,7 +6,7 @@ libraries' kernels.
 
 import dataclasses
 
-from benchmarks.suite import BACKWARD, BATCHES, FORWARD, MATRICES, MODELS, ONE_THREAD
+from benchmarks.suite import BACKWARD, BATCHES, CACHES, FORWARD, MATRICES, MODELS, ONE_THREAD
 
 DEFAULT, HUGE = "default", "huge pages"
 TOKCORE, IN_PLACE = "tokcore", "tokcore, in place"
@@ -42,6 +42,8 @@ PEERS = ("dtw", "monotonic_search")  # faster than every package on batches of
 PEER_BATCH = "64x"
 BACK_POINTERS = 4.0  # bytes a cell, at most, of all that PEERS take of
 BACK_POINTERS_SHAPE = "1x500x2000"
+# Of the read stream, on all threads: attention to all slots of a cache, to a packed fifth of them.
+STREAM = {"sparse_decode_attention": 0.7, "sparse_decode_attention_packed": 0.6}
 SACREBLEU = 100.0  # times faster than its TER, on one thread
 
 
@@ -75,6 +77,8 @@ def evaluate(documents):
                 check = _Check(where, dtype, pass_name, group, bars)
                 if shape in MATRICES and ONE_THREAD in group["variants"]:
                     check.alignment(shape)
+                if shape in CACHES and dtype in ("float32", "bfloat16"):
+                    check.cache()
                 if shape not in (*MODELS, *BATCHES):
                     continue
                 check.memory()
@@ -175,6 +179,12 @@ class _Check:
             self._add("peak a cell, bytes", peak, "<=", BACK_POINTERS)
         if self._suite == "ter" and peer is not None:
             self._add("one thread, over sacrebleu", peer / one, ">=", SACREBLEU)
+
+    def cache(self):
+        """Of attention to a key-value cache, on the CPU: nothing but the cache is worth a read."""
+        if self._suite in STREAM and "floor_ratio" in self._variants[TOKCORE]:
+            share = 1 / self._variants[TOKCORE]["floor_ratio"]
+            self._add("share of the read stream", share, ">=", STREAM[self._suite])
 
     def gpu(self):
         ours = self._variants[TOKCORE]

@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind an installed tokcore
 
+from benchmarks import bars  # noqa: E402
 from benchmarks.suite import suites  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -87,3 +88,26 @@ def test_compacted(dtype):
         kept = got[:, :, :n] if got.dim() == 4 else got[..., :n]
         assert torch.equal(kept, want)
     assert torch.equal(ring[..., :n], moved[-1])
+
+
+def test_bars_of_a_cache():
+    """A share of the read stream, for the suites that have a bar and where the floor was run."""
+
+    def document(suite, dtype, **row):
+        group = {"variants": {"tokcore": {"ms": 1.0, **row}}, "noise": {}}
+        key = f"1x4096x1024 {dtype} forward"
+        return {"suite": suite, "runs": {"default": {"groups": {key: group}}}}
+
+    found = bars.evaluate(
+        [
+            document("sparse_decode_attention", "float32", floor_ratio=1.25),
+            document("sparse_decode_attention_packed", "bfloat16", floor_ratio=2.0),
+            document("sparse_decode_attention_listed", "float32", floor_ratio=2.0),
+            document("sparse_decode_attention", "float16", floor_ratio=2.0),
+            document("sparse_decode_attention", "bfloat16"),
+        ]
+    )
+    assert [(bar.rule, bar.value, bar.limit, bar.passed) for bar in found] == [
+        ("share of the read stream", 0.8, 0.7, True),
+        ("share of the read stream", 0.5, 0.6, False),
+    ]
